@@ -1,0 +1,1 @@
+"""How transformers remember: the code that the notebooks teach, one compact file for each paper."""
