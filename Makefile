@@ -1,0 +1,50 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.stamp
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+book: $(READY)  ## run every notebook live, training included, and render the book from what came out
+	$(BIN)/python book/build.py --live
+
+test: $(READY)  ## run the tests, every notebook, the strict book build and the page checks
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval-lax --nbval-current-env notebooks/
+	$(BIN)/python book/build.py --strict
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks/
+
+site: $(READY)  ## render the book from the committed outputs, without running anything
+	$(BIN)/python book/build.py
+
+sync: $(READY)  ## authors: refresh mirrored cells, notebook pairs and everything made from the repository's address
+	$(BIN)/python book/sync.py
+
+refresh: $(READY)  ## authors: run the notebooks and keep their outputs in place
+	$(BIN)/python book/execute.py
+
+bench: $(READY)  ## authors: measure the figures of tests/benchmarks, side by side with public packages
+	$(BIN)/python tests/benchmarks/run.py
+
+lock:  ## authors: resolve requirements.txt anew from pyproject.toml (needs uv)
+	@# torch's own GPU packages stay out: pip picks those that fit the reader's machine.
+	echo 'torch==2.13.0' | uv pip compile - pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+	    --no-annotate --no-header | grep -vE '^(nvidia|cuda|triton)' > requirements.part
+	{ echo '# Exact pins for running, testing and authoring, Python 3.10 to 3.14. Made by `make lock` from pyproject.toml.'; \
+	    cat requirements.part; } > requirements.txt && rm requirements.part
+
+clean:  ## remove .venv and everything that was built
+	rm -rf .venv book/_build
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memtx-minimal needs Python 3.10 or newer, and $(PYTHON) is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: help book test lab site sync refresh bench lock clean
+.DELETE_ON_ERROR:
