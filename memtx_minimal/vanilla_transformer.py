@@ -1,0 +1,81 @@
+"""The baseline: a decoder-only transformer that forgets everything outside its window.
+
+Every chapter compares with this model. It reads one window of at most `max_len` tokens, and nothing survives from one window
+to the next. Vaswani et al., "Attention Is All You Need" (2017), decoder only, with layer norm before each block (pre-LN).
+
+Letters in the shape comments: B batch, T tokens in the window, H heads, d_model = H * d_head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def sinusoid(positions, d_model):
+    """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani et al., section 3.5."""
+    wavelengths = 10_000 ** (torch.arange(0, d_model, 2, device=positions.device) / d_model)  # (d_model / 2,)
+    angles = positions[:, None] / wavelengths
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention in which position t sees the positions 0 ... t of its own window."""
+
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x):
+        """x (B, T, d_model) -> (B, T, d_model)."""
+        qkv = self.query_key_value(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, d_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d_head) each
+        dropout = self.dropout if self.training else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, d_head)
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, T, d_model)
+
+
+class Layer(nn.Module):
+    """Attention, then a feed-forward network, each around a residual connection."""
+
+    def __init__(self, d_model, n_heads, d_ff, dropout):
+        super().__init__()
+        self.attention = CausalAttention(d_model, n_heads, dropout)
+        self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+        self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        """x (B, T, d_model) -> (B, T, d_model)."""
+        x = x + self.dropout(self.attention(self.norm_attention(x)))
+        return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
+
+
+class VanillaTransformer(nn.Module):
+    """A language model with absolute positions and no memory.
+
+    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It takes a memory argument only to share
+    the protocol of the other models, ignores it, and returns None in its place.
+    """
+
+    def __init__(self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, max_len=64, dropout=0.0):
+        super().__init__()
+        if d_model % (2 * n_heads):
+            raise ValueError(f"d_model {d_model} must be a multiple of 2 * n_heads = {2 * n_heads}")
+        self.max_len = max_len
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.register_buffer("positions", sinusoid(torch.arange(max_len), d_model), persistent=False)  # (max_len, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, vocab_size)
+
+    def forward(self, tokens, memory=None):
+        T = tokens.size(1)
+        if not 1 <= T <= self.max_len:
+            raise ValueError(f"{T} tokens do not fit a window of max_len {self.max_len}: pass 1 to {self.max_len}")
+        x = self.dropout(self.embedding(tokens) + self.positions[:T])  # (B, T, d_model)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x)), None
