@@ -13,12 +13,14 @@ test: $(READY)  ## run the tests, every notebook, the strict book build and the 
 	$(BIN)/pytest
 	$(BIN)/pytest --nbval-lax --nbval-current-env notebooks/
 	$(BIN)/python book/build.py --strict
+	$(BIN)/python tests/check_pages.py book/_build/html
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks/
 
 site: $(READY)  ## render the book from the committed outputs, without running anything
 	$(BIN)/python book/build.py
+	$(BIN)/python tests/check_pages.py book/_build/html
 
 sync: $(READY)  ## authors: refresh mirrored cells, notebook pairs and everything made from the repository's address
 	$(BIN)/python book/sync.py

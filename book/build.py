@@ -1,0 +1,67 @@
+"""Render the book into book/_build/html: from the committed outputs (`make site`), or from a live run (`make book`)."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import execute
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "book" / "_build"
+STAGE = BUILD / "source"  # what is rendered: a copy, so that neither a run nor the build touches what is committed
+
+
+def stage():
+    """Copy the pages; returns the notebooks' paths in the copy, in the order of the chapters."""
+    for folder in (STAGE, BUILD / "html", BUILD / ".doctrees"):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    shutil.copytree(ROOT / "notebooks", STAGE / "notebooks", ignore=shutil.ignore_patterns(".*", "*.py"))
+    return sorted((STAGE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def dress(nb):
+    """What the page needs and a notebook does not: pictures carry their alt text, the cell for Colab stays away."""
+    for number, cell in enumerate(nb.cells, 1):
+        pairs = [(kind, values) for out in cell.get("outputs", []) for kind, values in out.get("metadata", {}).items()]
+        alts = [values["alt"] for kind, values in pairs if kind.startswith("image/") and "alt" in values]
+        if len(alts) > 1:
+            sys.exit(f"cell {number} shows {len(alts)} pictures; the page has one alt text for a cell: split it")
+        if alts:
+            cell.metadata.mystnb = {"image": {"alt": alts[0]}}
+        if "colab-install" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("remove-cell")
+
+
+def render(strict):
+    """Jupyter Book over the copy; strict makes every warning an error."""
+    book = STAGE / "book"
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", STAGE, "--path-output", BUILD.parent]
+    command += ["--config", book / "_config.yml", "--toc", book / "_toc.yml", "--quiet"]
+    return subprocess.run(command + ["-W", "-n", "--keep-going"] * strict, cwd=STAGE).returncode
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("--live", action="store_true", help="run every notebook first, training included")
+    args.add_argument("--strict", action="store_true", help="make every warning an error")
+    args = args.parse_args()
+    start, notebooks = time.monotonic(), stage()
+    for i, path in enumerate(notebooks, 1):
+        nb = nbformat.read(path, as_version=4)
+        if args.live:
+            execute.execute(nb, path.parent, f"notebook {i} of {len(notebooks)}  {path.stem}")
+        dress(nb)
+        nbformat.write(nb, path)
+    if failed := render(args.strict):
+        sys.exit(failed)
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    print(f"The book is in {BUILD / 'html' / 'index.html'} ({minutes} min {seconds} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Run notebooks from top to bottom, with progress. As a script (`make refresh`): keep the outputs in the committed files."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nbformat
+import sync
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+
+class Progress:
+    """One line that says where the run is: redrawn each second on a terminal, printed once a cell elsewhere."""
+
+    def __init__(self, label, n_cells):
+        self.label, self.n_cells, self.start = label, n_cells, time.monotonic()
+        self.cell, self.terminal, self.done = 0, sys.stdout.isatty(), threading.Event()
+
+    def show(self):
+        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
+        line = f"{self.label}  cell {self.cell} of {self.n_cells}  {minutes}:{seconds:02}"
+        print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+
+    def on_cell(self, cell, cell_index):
+        self.cell = cell_index + 1
+        self.show()
+
+    def tick(self):
+        while self.terminal and not self.done.wait(1):
+            self.show()
+
+    def __enter__(self):
+        threading.Thread(target=self.tick, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        if self.terminal:
+            print()
+
+
+def execute(nb, folder, label):
+    """Run a notebook in place, in a fresh kernel that works in `folder`; the outputs carry nothing of the machine or the hour."""
+    with Progress(label, len(nb.cells)) as progress:
+        client = NotebookClient(
+            nb,
+            timeout=None,
+            kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_execute=progress.on_cell,
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            sys.exit(f"\n{label}, cell {progress.cell} failed:\n\n{error}")
+    nb.metadata.pop("widgets", None)
+    nb.metadata.language_info = {"name": "python"}
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [tidy(out) for out in cell.outputs if tidy(out)]
+
+
+def tidy(out):
+    """An output as a terminal would leave it: of each line, what was printed last; None if that is nothing."""
+    if out.output_type == "stream":
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in out.text.split("\n")]
+        out.text = "\n".join(lines)
+        return out if out.text.strip() else None
+    return out
+
+
+def refresh(path, label):
+    """Run one committed notebook and keep its outputs. Prose may be edited meanwhile; if code was, the outputs are not kept."""
+    ran = nbformat.read(path, as_version=4)
+    execute(ran, path.parent, label)
+    sync.sync()  # what was edited while it ran
+    now = nbformat.read(path, as_version=4)
+    pairs = list(zip(*([c for c in nb.cells if c.cell_type == "code"] for nb in (now, ran)), strict=True))
+    if any(kept.source != run.source for kept, run in pairs):
+        sys.exit(f"{path.name}: code was edited while it ran, so nothing is kept; run it again")
+    for kept, run in pairs:
+        kept.outputs, kept.execution_count = run.outputs, run.execution_count
+    now.metadata.language_info = ran.metadata.language_info
+    sync.write(path, nbformat.writes(now) + "\n")
+
+
+def main():
+    _, broken = sync.sync()
+    if broken:
+        sys.exit("\n".join(broken))
+    wanted = sys.argv[1:]  # all notebooks, or those whose names hold one of the given words
+    paths = [p for p in sorted((sync.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if not wanted or any(w in p.stem for w in wanted)]
+    for i, path in enumerate(paths, 1):
+        refresh(path, f"notebook {i} of {len(paths)}  {path.stem}")
+    for line in sum(sync.sync(), []):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
