@@ -92,7 +92,7 @@ def test_one_changed_character_in_the_cell(tree):
     "change, message",
     [
         (lambda cells: cells[:4], "no cell for Model of tiny.py"),
-        (lambda cells: [*cells, {**cells[2], "id": "again"}], "shift stands in 2 cells"),
+        (lambda cells: [*cells, nbformat.from_dict({**cells[2], "id": "again"})], "shift stands in 2 cells"),
         (lambda cells: [*cells[:2], cells[4], *cells[2:4]], "its cells go Model, shift; tiny.py goes shift, Model"),
         (lambda cells: cells[1:], "0 cells tagged badges instead of one"),
     ],
