@@ -42,7 +42,9 @@ def render(strict):
     book = STAGE / "book"
     command = [Path(sys.executable).with_name("jupyter-book"), "build", STAGE, "--path-output", BUILD.parent]
     command += ["--config", book / "_config.yml", "--toc", book / "_toc.yml", "--quiet"]
-    return subprocess.run(command + ["-W", "-n", "--keep-going"] * strict, cwd=STAGE).returncode
+    print("rendering ...", flush=True)
+    # Warnings go to stderr and are shown; stdout would only say once more where the pages are.
+    return subprocess.run(command + ["-W", "-n", "--keep-going"] * strict, cwd=STAGE, stdout=subprocess.DEVNULL).returncode
 
 
 def main():

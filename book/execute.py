@@ -23,8 +23,8 @@ class Progress:
         line = f"{self.label}  cell {self.cell} of {self.n_cells}  {minutes}:{seconds:02}"
         print(f"\r{line}\033[K" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
 
-    def on_cell(self, cell, cell_index):
-        self.cell = cell_index + 1
+    def on_cell(self, **_):
+        self.cell += 1
         self.show()
 
     def tick(self):
@@ -43,7 +43,8 @@ class Progress:
 
 def execute(nb, folder, label):
     """Run a notebook in place, in a fresh kernel that works in `folder`; the outputs carry nothing of the machine or the hour."""
-    with Progress(label, len(nb.cells)) as progress:
+    n_code = sum(cell.cell_type == "code" and cell.source.strip() != "" for cell in nb.cells)
+    with Progress(label, n_code) as progress:
         client = NotebookClient(
             nb,
             timeout=None,
@@ -57,7 +58,7 @@ def execute(nb, folder, label):
         try:
             client.execute()
         except CellExecutionError as error:
-            sys.exit(f"\n{label}, cell {progress.cell} failed:\n\n{error}")
+            sys.exit(f"\n{label}, code cell [{progress.cell}] failed:\n\n{error}")
     nb.metadata.pop("widgets", None)
     nb.metadata.language_info = {"name": "python"}
     for cell in nb.cells:

@@ -1,7 +1,7 @@
 """Sphinx extension: the book needs no other host, and no server either: it opens from a folder.
 
-Equations are set by a MathJax that lies beside the pages. The theme's font preloads go: a browser refuses them in a
-page that was opened from a file, and the icons come from a script anyway.
+Equations are set by a MathJax that lies beside the pages. Two things go that a browser refuses to a page opened from a
+file: the theme's font preloads (the icons come from a script anyway), and the excerpts under search results.
 """
 
 import re
@@ -23,8 +23,12 @@ def drop_preloads(app, error):
         page.write_text(re.sub(r'<link rel="preload" as="font"[^>]*>\n?', "", page.read_text()))
 
 
+NO_EXCERPTS = 'if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false'
+
+
 def setup(app):
     app.config.mathjax_path = f"mathjax/{MATHJAX}"
+    app.add_js_file(None, body=NO_EXCERPTS)
     app.connect("builder-inited", copy_mathjax)
     app.connect("build-finished", drop_preloads)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
