@@ -25,14 +25,14 @@ def stage():
 
 
 def dress(nb):
-    """What the page needs and a notebook does not: pictures carry their alt text, the cell for Colab stays away."""
+    """What the page needs and a notebook does not: alt text and width of each picture, and no cell for Colab."""
     for number, cell in enumerate(nb.cells, 1):
-        pairs = [(kind, values) for out in cell.get("outputs", []) for kind, values in out.get("metadata", {}).items()]
-        alts = [values["alt"] for kind, values in pairs if kind.startswith("image/") and "alt" in values]
-        if len(alts) > 1:
-            sys.exit(f"cell {number} shows {len(alts)} pictures; the page has one alt text for a cell: split it")
-        if alts:
-            cell.metadata.mystnb = {"image": {"alt": alts[0]}}
+        outputs = [out for out in cell.get("outputs", []) if "data" in out]
+        pictures = [out.metadata.get(kind, {}) for out in outputs for kind in out.data if kind.startswith("image/")]
+        if len(pictures) > 1:
+            sys.exit(f"cell {number} shows {len(pictures)} pictures; the page has one alt text for a cell: split it")
+        for picture in pictures:
+            cell.metadata.mystnb = {"image": {key: str(picture[key]) for key in ("alt", "width") if key in picture}}
         if "colab-install" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("remove-cell")
 
