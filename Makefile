@@ -33,7 +33,7 @@ bench: $(READY)  ## authors: measure the figures of tests/benchmarks, side by si
 
 lock:  ## authors: resolve requirements.txt anew from pyproject.toml (needs uv)
 	@# torch's own GPU packages stay out: pip picks those that fit the reader's machine.
-	echo 'torch==2.13.0' | uv pip compile - pyproject.toml --extra dev --universal --python-version 3.10 --upgrade \
+	echo 'torch==2.13.0' | uv pip compile - pyproject.toml --extra dev --universal --python-version 3.10 --no-python-downloads --upgrade \
 	    --no-annotate --no-header | grep -vE '^(nvidia|cuda|triton)' > requirements.part
 	{ echo '# Exact pins for running, testing and authoring, Python 3.10 to 3.14. Made by `make lock` from pyproject.toml.'; \
 	    cat requirements.part; } > requirements.txt && rm requirements.part

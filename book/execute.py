@@ -3,7 +3,6 @@
 import sys
 import threading
 import time
-from pathlib import Path
 
 import nbformat
 import sync
@@ -98,8 +97,8 @@ def main():
     paths = [p for p in sorted((sync.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if not wanted or any(w in p.stem for w in wanted)]
     for i, path in enumerate(paths, 1):
         refresh(path, f"notebook {i} of {len(paths)}  {path.stem}")
-    for line in sum(sync.sync(), []):
-        print(line)
+    drift, broken = sync.sync()
+    print(*drift, *broken, sep="\n", end="")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Keep the copies equal to their sources: `make sync`; with --check, only say what has drifted and exit with 1.
 
-    source                                      copy
-    NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
-    memtx_minimal/name.py                       the cells tagged `from-module`, one for each class or function
-    project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
-                                                README.md, and a line each of CITATION.cff and book/_config.yml
+source                                      copy
+NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
+memtx_minimal/name.py                       the cells tagged `from-module`, one for each class or function
+project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
+                                            README.md, and a line each of CITATION.cff and book/_config.yml
 """
 
 import argparse
@@ -42,12 +42,12 @@ def badges(url, name):
 
 
 def colab_install(url, name):
-    return f'''import subprocess
+    return f"""import subprocess
 import sys
 
 if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.check_call([*pip, "pooch", "git+{url}"])'''
+    subprocess.check_call([*pip, "pooch", "git+{url}"])"""
 
 
 def readme_links(url, names):
@@ -160,7 +160,7 @@ def sync_text(path, url, names):
     if path.name == "README.md":
         for block, make in BLOCKS.items():
             start, end = f"<!-- sync: {block} -->", "<!-- end -->"
-            new, n = re.subn(f"(?s)({start}\n).*?({end})", lambda m: f"{m[1]}{make(url, names)}\n{m[2]}", new)
+            new, n = re.subn(f"(?s)({start}\n).*?({end})", lambda m, made=make(url, names): f"{m[1]}{made}\n{m[2]}", new)
             if n != 1:
                 broken.append(f"README.md: {n} blocks from '{start}' to '{end}' instead of one")
     else:
