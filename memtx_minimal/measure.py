@@ -1,6 +1,7 @@
 """What a model costs and where it looks: bytes, seconds, attention weights. Nothing here changes the model."""
 
 import statistics
+import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -89,6 +90,16 @@ def peak_bytes(run, device="cpu"):
     with _LiveBytes() as live:
         run()
     return live.peak
+
+
+def process_peak_bytes():
+    """The most physical memory that this process has had so far, in bytes; nan where the system does not say."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def seconds(run, *, warmup=2, rounds=7, device="cpu"):

@@ -121,7 +121,9 @@ def generate(model, prompt, n_tokens, *, temperature=1.0, top_k=None, seed=0):
     model.eval()
     device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
-    text, unread, memory = prompt.to(device), prompt.to(device), None
+    window = getattr(model, "max_len", len(prompt) + n_tokens)
+    text, memory = prompt.to(device), None
+    unread = text[-window:]
     for _ in range(n_tokens):
         logits, memory, *_ = model(unread[None], memory)
         scores = logits[0, -1].float().cpu()  # (vocab_size,)
@@ -132,5 +134,5 @@ def generate(model, prompt, n_tokens, *, temperature=1.0, top_k=None, seed=0):
         else:
             new = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
         text = torch.cat([text, new.to(device)])
-        unread = text[-model.max_len :] if memory is None else text[-1:]
+        unread = text[-window:] if memory is None else text[-1:]
     return text.cpu()

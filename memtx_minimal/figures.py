@@ -1,0 +1,131 @@
+"""Numbers in, matplotlib axes out. No model and no training in here.
+
+Each function draws on an axes that it is given, so that a reader can put the pieces together anew.
+`show` displays a finished figure, `show_animation` a list of them, both with a text for those who cannot see it.
+"""
+
+import io
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Image, display
+from PIL import Image as Picture
+
+STYLE = Path(__file__).with_name("memtx.mplstyle")
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#d0d0d0"
+
+
+def use_style():
+    """The style sheet of the course, for all figures that follow."""
+    plt.style.use(STYLE)
+
+
+def png(figure):
+    """A figure as PNG bytes; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def show(figure, alt):
+    """Display a figure in the notebook; alt says in words what it shows."""
+    width = int(figure.get_figwidth() * 100)
+    display(Image(png(figure), format="png", alt=alt, width=width))
+
+
+def show_animation(figures, alt, seconds=1.2):
+    """Display figures of equal size as one looping GIF, `seconds` a frame."""
+    width = int(figures[0].get_figwidth() * 100)
+    frames = [Picture.open(io.BytesIO(png(f))).convert("P", palette=Picture.Palette.ADAPTIVE, colors=32) for f in figures]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, format="gif", save_all=True, append_images=frames[1:], duration=int(1000 * seconds), loop=0, optimize=True,
+    )  # fmt: skip
+    display(Image(buffer.getvalue(), format="gif", alt=alt, width=width))
+
+
+def curves(axes, x, ys, *, xlabel, ylabel, log2=False, marker=None):
+    """Several curves over the same x: ys is {label: values}; x is a sequence, or {label: sequence}."""
+    for label, y in ys.items():
+        axes.plot(x[label] if isinstance(x, dict) else x, y, marker=marker, label=label)
+    if log2:
+        axes.set_xscale("log", base=2)
+        ticks = x if not isinstance(x, dict) else next(iter(x.values()))
+        axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if len(ys) > 1:
+        axes.legend()
+
+
+def smooth(values, width):
+    """Running mean of a sequence over `width` values; the first width - 1 have no mean and are left out."""
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def bars(axes, values, *, ylabel, start=None, colors=None, number="{:.2f}"):
+    """One bar a label, with its value on top: values is {label: value}; start is where the axis begins."""
+    shown = axes.bar(list(values), list(values.values()), color=colors or BLUE, width=0.6)
+    axes.bar_label(shown, labels=[number.format(v) for v in values.values()], padding=2)
+    axes.margins(y=0.12)
+    if start is not None:
+        axes.set_ylim(bottom=start)
+    axes.grid(axis="x", visible=False)
+    axes.set(ylabel=ylabel)
+
+
+def matrix(axes, values, *, title="", xlabel="key", ylabel="query", numbers=False, crossed=None, **imshow):
+    """A matrix as colours, queries down and keys across; entries where `crossed` is True are crossed out."""
+    values = np.asarray(values, dtype=float)
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **imshow)
+    if numbers:
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        for (i, j), value in np.ndenumerate(values):
+            if crossed is None or not crossed[i, j]:
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < middle else "black")
+    for i, j in [] if crossed is None else np.argwhere(np.asarray(crossed)):
+        axes.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="#eeeeee", edgecolor="#999999", hatch="xxx", linewidth=0))
+    axes.grid(False)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return image
+
+
+def buckets(axes, edges, mass, *, xlabel, ylabel):
+    """Attention mass by age: bucket i holds the ages edges[i] <= age < edges[i + 1].
+
+    mass is {label: one value a bucket}; each bucket is a group of bars, one a label.
+    """
+    n, width = len(edges) - 1, 0.8 / len(mass)
+    for k, (label, values) in enumerate(mass.items()):
+        middle = np.arange(n) + (k - (len(mass) - 1) / 2) * width
+        axes.bar(middle, values, width=width, label=label)
+    names = [f"{a}" if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(edges, edges[1:])]
+    axes.set_xticks(range(n), labels=names)
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+
+
+def unrolled(axes, n_layers, n_positions, *, now, cached=(), sees=lambda i: (), title=""):
+    """A network unrolled over the text: positions across, layers up (0 is the embedding).
+
+    now      positions whose states are being computed (blue)
+    cached   positions whose states are remembered (orange)
+    sees(i)  positions that the query at i attends to, one layer below
+    """
+    for layer in range(1, n_layers + 1):
+        for i in now:
+            for j in sees(i):
+                color = ORANGE if j in cached else BLUE
+                axes.plot([j, i], [layer - 1, layer], color=color, linewidth=0.9, alpha=0.55, zorder=1)
+    for layer in range(n_layers + 1):
+        colors = [BLUE if i in now else ORANGE if i in cached else GREY for i in range(n_positions)]
+        axes.scatter(range(n_positions), [layer] * n_positions, s=60, color=colors, zorder=2)
+    axes.set(title=title, xlim=(-0.7, n_positions - 0.3), ylim=(-0.4, n_layers + 0.4))
+    axes.set_yticks(range(n_layers + 1), labels=["text", *(f"layer {n}" for n in range(1, n_layers + 1))])
+    axes.set_xticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
