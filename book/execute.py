@@ -80,11 +80,11 @@ def refresh(path, label):
     execute(ran, path.parent, label)
     sync.sync()  # what was edited while it ran
     now = nbformat.read(path, as_version=4)
-    pairs = list(zip(*([c for c in nb.cells if c.cell_type == "code"] for nb in (now, ran)), strict=True))
-    if any(kept.source != run.source for kept, run in pairs):
+    kept, run = ([c for c in nb.cells if c.cell_type == "code"] for nb in (now, ran))
+    if [c.source for c in kept] != [c.source for c in run]:
         sys.exit(f"{path.name}: code was edited while it ran, so nothing is kept; run it again")
-    for kept, run in pairs:
-        kept.outputs, kept.execution_count = run.outputs, run.execution_count
+    for mine, new in zip(kept, run):
+        mine.outputs, mine.execution_count = new.outputs, new.execution_count
     now.metadata.language_info = ran.metadata.language_info
     sync.write(path, nbformat.writes(now) + "\n")
 
@@ -98,7 +98,8 @@ def main():
     for i, path in enumerate(paths, 1):
         refresh(path, f"notebook {i} of {len(paths)}  {path.stem}")
     drift, broken = sync.sync()
-    print(*drift, *broken, sep="\n", end="")
+    for line in [*drift, *broken]:
+        print(line)
 
 
 if __name__ == "__main__":
