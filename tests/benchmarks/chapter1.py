@@ -1,0 +1,232 @@
+"""Chapter 1, Transformer-XL: training, evaluation, a minute of learning, the notebook. See run.py for what a row is."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from threading import Event, Thread
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+VOCAB = 65
+SIZE = {"d_model": 128, "n_heads": 4, "n_layers": 4, "d_ff": 512}
+T = MEMORY = 64
+BATCH = 16
+
+
+# A training step.
+
+
+class LabmlXL(nn.Module):
+    """labml-nn's Transformer-XL with embedding, masks, memory and generator as in its own experiment; tokens (T, B) as its loader gives them."""
+
+    def __init__(self, d_model, n_heads, n_layers, d_ff, mem_len):
+        super().__init__()
+        from labml import tracker
+
+        tracker.debug = lambda *args: None  # labml-nn 0.5.1 calls it, the labml of today no longer has it
+        from labml_nn.transformers.feed_forward import FeedForward
+        from labml_nn.transformers.utils import subsequent_mask
+        from labml_nn.transformers.xl import RelativeMultiHeadAttention, TransformerXL, TransformerXLLayer
+
+        attention = RelativeMultiHeadAttention(n_heads, d_model, dropout_prob=0.0)
+        layer = TransformerXLLayer(d_model=d_model, self_attn=attention, feed_forward=FeedForward(d_model, d_ff, dropout=0.0), dropout_prob=0.0)
+        self.mem_len = mem_len
+        self.embedding = nn.Embedding(VOCAB, d_model)
+        self.transformer = TransformerXL(layer, n_layers)
+        self.generator = nn.Linear(d_model, VOCAB)
+        future = subsequent_mask(T)  # (T, T, 1)
+        self.mask = torch.cat([future.new_ones(T, mem_len, 1), future], dim=1)  # (T, M + T, 1)
+
+    def forward(self, tokens, memory):
+        M = len(memory[0]) if memory else 0
+        x, inputs = self.transformer(self.embedding(tokens), memory, self.mask[:, self.mem_len - M :])
+        memory = [torch.cat(pair)[-self.mem_len :] for pair in zip(memory, inputs)] if memory else inputs
+        return self.generator(x), memory
+
+
+def training(name, model, batch_first=True, steps=10):
+    """One side: microseconds per token of a training step, in all and by phase, over the given number of steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    stream = torch.randint(VOCAB, (steps, BATCH, T + 1), generator=torch.Generator().manual_seed(0))
+    if not batch_first:
+        stream = stream.transpose(1, 2).contiguous()
+    time_dim = 1 if batch_first else 0
+    memory = None
+
+    def step(segment):
+        nonlocal memory
+        tokens, targets = segment.narrow(time_dim, 0, T), segment.narrow(time_dim, 1, T)
+        marks = [time.perf_counter()]
+        logits, memory = model(tokens, memory)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        marks.append(time.perf_counter())
+        optimizer.zero_grad()
+        loss.backward()
+        marks.append(time.perf_counter())
+        optimizer.step()
+        return torch.tensor(marks + [time.perf_counter()], dtype=torch.float64).diff()
+
+    def work():
+        forward, backward, update = (sum(map(step, stream)) / (steps * BATCH * T) * 1e6).tolist()
+        return {name: forward + backward + update, f"{name} forward": forward, f"{name} backward": backward, f"{name} AdamW": update}
+
+    for segment in stream[:3]:  # warm up, and fill the memory
+        step(segment)
+    return work
+
+
+def our_training():
+    from memtx_minimal.transformer_xl import TransformerXL
+
+    return training("ours", TransformerXL(VOCAB, **SIZE, mem_len=MEMORY, dropout=0.0))
+
+
+def against_labml():
+    return [our_training(), training("labml", LabmlXL(**SIZE, mem_len=MEMORY), batch_first=False)]
+
+
+def against_vanilla():
+    from memtx_minimal.vanilla_transformer import VanillaTransformer
+
+    return [our_training(), training("vanilla", VanillaTransformer(VOCAB, **SIZE, max_len=T, dropout=0.0))]
+
+
+# Evaluation: cached segments against a sliding window.
+
+WIDE = {"d_model": 2048, "n_heads": 8, "n_layers": 1, "d_ff": 8192}
+SEGMENT = {800: 512, 3800: 1024}  # the attention length -> the segment length that suits it
+
+
+def seconds(work):
+    start = time.perf_counter()
+    with torch.inference_mode():
+        work()
+    return time.perf_counter() - start
+
+
+def sliding_window(L):
+    """One side: ms per predicted token of the vanilla model, which reads L tokens to predict one."""
+    from memtx_minimal.vanilla_transformer import VanillaTransformer
+
+    model, window = VanillaTransformer(VOCAB, **WIDE, max_len=L).eval(), torch.randint(VOCAB, (1, L))
+    return lambda: {f"vanilla {L}": seconds(lambda: model(window)) * 1e3}
+
+
+def cached_segments(L):
+    """The other: of Transformer-XL with a full memory of L, so that every predicted token sees more than L tokens."""
+    from memtx_minimal.transformer_xl import TransformerXL
+
+    model, segment, memory = TransformerXL(VOCAB, **WIDE, mem_len=L).eval(), torch.randint(VOCAB, (1, SEGMENT[L])), None
+    with torch.inference_mode():
+        for _ in range(-(-L // SEGMENT[L])):  # until the memory is full
+            memory = model(segment, memory)[1]
+    return lambda: {f"xl {L}": seconds(lambda: model(segment, memory)) / SEGMENT[L] * 1e3}
+
+
+def evaluation():
+    return [side(L) for L in SEGMENT for side in (sliding_window, cached_segments)]
+
+
+# A minute of training.
+
+LEARNER = {"d_model": 96, "n_heads": 4, "n_layers": 3, "d_ff": 384, "mem_len": 32}
+LESSONS = {"batch_size": 32, "segment_len": 32, "lr": 3e-3}
+
+
+def learn():
+    """Validation loss after a minute of the package's own loop; beforehand, the number of steps is fitted to the machine."""
+    from memtx_minimal.corpora import tiny_shakespeare
+    from memtx_minimal.training import evaluate, train
+    from memtx_minimal.transformer_xl import TransformerXL
+
+    corpus = tiny_shakespeare()
+    if corpus.name != "Tiny Shakespeare":
+        raise FileNotFoundError("Tiny Shakespeare is not here: set MEMTX_DATA_DIR to the folder that holds it")
+
+    def timed(steps):
+        model = TransformerXL(len(corpus.vocab), **LEARNER)
+        start = time.perf_counter()
+        train(model, corpus.train, steps=steps, progress=False, **LESSONS)
+        return time.perf_counter() - start, model
+
+    timed(10)
+    elapsed, model = timed(int(57 / timed(60)[0] * 60))
+    return {"nats": evaluate(model, corpus.valid, segment_len=LESSONS["segment_len"]), "seconds": elapsed}
+
+
+# The notebook.
+
+
+def watch(stop, totals):
+    """The bytes that the processes started here hold together, every twentieth of a second until told to stop."""
+    import psutil
+
+    while not stop.wait(0.05):
+        total = 0
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it may just have ended
+                total += process.memory_info().rss
+        totals.append(total)
+
+
+def notebook():
+    """Minutes to run the notebook from top to bottom in a kernel of its own, and the most memory that the kernel held."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    content = nbformat.read(NOTEBOOKS / "01_transformer_xl.ipynb", as_version=4)
+    stop, totals = Event(), [0]
+    watcher = Thread(target=watch, args=(stop, totals))
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        NotebookClient(content, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    finally:
+        stop.set()
+        watcher.join()
+    return {"minutes": (time.perf_counter() - start) / 60, "GiB": max(totals) / 2**30}
+
+
+STEP = "a training step (forward, backward, AdamW; no clipping), d_model 128, 4 heads, 4 layers, d_ff 512, T 64, batch 16, float32, in microseconds per token"
+ROWS = [
+    {
+        "name": "xl-train-labml",
+        "compares": f"{STEP}: TransformerXL and labml-nn 0.5.1's Transformer-XL, both with a full memory of 64; "
+        "labml-nn's learned tables of 8192 positions are part of its step, as in its own experiment",
+        "sides": against_labml,
+        "reach": ["labml / ours >= 2.2"],
+        "public": True,
+    },
+    {
+        "name": "xl-train-vanilla",
+        "compares": f"{STEP}: TransformerXL with a full memory of 64 and VanillaTransformer, which has none",
+        "sides": against_vanilla,
+        "reach": ["ours / vanilla <= 1.6"],
+    },
+    {
+        "name": "xl-eval",
+        "compares": "milliseconds per predicted token, batch 1, d_model 2048, 8 heads, 1 layer, d_ff 8192, untrained: VanillaTransformer reads a "
+        "window of L tokens for each, TransformerXL reads segments of 512 (L 800) or 1024 (L 3800) with a full memory of L",
+        "sides": evaluation,
+        "reach": ["vanilla 800 / xl 800 >= 363", "vanilla 3800 / xl 3800 >= 1874"],
+        "rounds": 3,
+    },
+    {
+        "name": "minute",
+        "compares": "validation loss in nats per character after a minute of memtx_minimal.training.train on Tiny Shakespeare, as many steps as fit; "
+        "d_model 96, 4 heads, 3 layers, d_ff 384, T 32, memory 32, batch 32",
+        "sides": lambda: [learn],
+        "reach": ["nats <= 1.72", "seconds <= 60"],
+        "rounds": 1,
+    },
+    {
+        "name": "notebook-01",
+        "compares": "the notebook from top to bottom: minutes, and the peak of the resident memory of its kernel and what that starts",
+        "sides": lambda: [notebook],
+        "reach": ["minutes <= 8", "GiB <= 2"],
+        "rounds": 1,
+    },
+]
