@@ -56,10 +56,11 @@ class RelativeAttention(nn.Module):
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
         k, values = (self.heads(x) for x in self.key_value(context).chunk(2, dim=-1))  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
-        by_content = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
-        by_distance = rel_shift(scale * (q + self.v) @ r.mT)  # (B, H, T, K): terms (b) and (d)
-        weights = (by_content + by_distance + mask).softmax(dim=-1)  # (B, H, T, K)
-        heads = self.dropout(weights) @ values  # (B, H, T, d_head)
+        scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
+        scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
+        scores += mask
+        weights = self.dropout(scores.softmax(dim=-1))  # (B, H, T, K)
+        heads = weights @ values  # (B, H, T, d_head)
         return self.out(heads.transpose(1, 2).flatten(2))  # (B, T, d_model)
 
 

@@ -16,15 +16,16 @@ def cycle(n):
     return torch.arange(n) % 11
 
 
-def model(name="xl", **kw):
+def fresh(name="xl", **kw):
     torch.manual_seed(0)
     return MODELS[name](**kw)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_learns_and_says_how_it_went(name):
+    model = fresh(name)
     history = training.train(
-        model := globals()["model"](name), cycle(2000), steps=60, batch_size=8, segment_len=8,
+        model, cycle(2000), steps=60, batch_size=8, segment_len=8,
         warmup=5, lr=1e-2, valid=cycle(500), valid_every=40, progress=False,
     )  # fmt: skip
     assert len(history["loss"]) == 60
@@ -35,7 +36,7 @@ def test_training_learns_and_says_how_it_went(name):
 
 def test_same_seed_same_losses():
     runs = [
-        training.train(model(), cycle(500), steps=5, batch_size=4, segment_len=8, progress=False)
+        training.train(fresh(), cycle(500), steps=5, batch_size=4, segment_len=8, progress=False)
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
@@ -55,7 +56,7 @@ def test_memory_goes_along_a_pass_and_starts_anew_at_the_wrap():
 
 
 def test_evaluation_in_between_does_not_touch_the_training_memory():
-    a, b = model(), model()
+    a, b = fresh(), fresh()
     plain = training.train(a, cycle(900), steps=8, batch_size=4, segment_len=8, progress=False)
     watched = training.train(
         b, cycle(900), steps=8, batch_size=4, segment_len=8, valid=cycle(200), valid_every=1, progress=False
@@ -71,7 +72,7 @@ def test_schedule_rises_then_falls_to_nothing():
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step():
-    broken = model()
+    broken = fresh()
     with torch.no_grad():
         broken.head.bias[3] = float("nan")
     with pytest.raises(FloatingPointError, match="loss nan at step 0: lower lr"):
@@ -110,7 +111,7 @@ def test_auxiliary_losses_are_trained_too():
 
 
 def test_gradients_are_clipped():
-    wild = model()
+    wild = fresh()
     training.train(wild, cycle(500), steps=1, batch_size=4, segment_len=8, clip=1e-3, progress=False)
     norm = torch.stack([p.grad.norm() for p in wild.parameters()]).norm()
     assert norm <= 1.001e-3
@@ -118,7 +119,7 @@ def test_gradients_are_clipped():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_token_losses_agree_with_one_long_reading(name):
-    trained = model(name).eval()
+    trained = fresh(name).eval()
     stream = tokens(1, 61)[0]
     losses = training.token_losses(trained, stream, batch_size=3, segment_len=5)
     assert losses.shape == (3, 20)
@@ -166,7 +167,7 @@ def test_generation_without_memory_rereads_the_last_window():
 
 
 def test_sampling_follows_seed_temperature_and_top_k():
-    writer, prompt = model(), tokens(1, 5)[0]
+    writer, prompt = fresh(), tokens(1, 5)[0]
     draw = lambda **kw: training.generate(writer, prompt, 30, **kw).tolist()  # noqa: E731
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
     assert draw(top_k=1, seed=1) == draw(top_k=1, seed=2) == draw(temperature=0)
@@ -177,7 +178,7 @@ def test_sampling_follows_seed_temperature_and_top_k():
 def test_sampling_leaves_the_global_generator_alone():
     torch.manual_seed(7)
     expected = torch.rand(3)
-    writer, prompt = model(), tokens(1, 5)[0]
+    writer, prompt = fresh(), tokens(1, 5)[0]
     torch.manual_seed(7)
     training.generate(writer, prompt, 5)
     assert torch.equal(torch.rand(3), expected)
@@ -190,10 +191,10 @@ def test_sampling_leaves_the_global_generator_alone():
 def test_invalid_requests_are_refused(kw, words):
     prompt = torch.tensor(kw.pop("prompt", [1]), dtype=torch.int64)
     with pytest.raises(ValueError, match=words):
-        training.generate(model(), prompt, 3, **kw)
+        training.generate(fresh(), prompt, 3, **kw)
 
 
 def test_progress_bar_leaves_nothing_behind(capsys):
-    training.train(model(), cycle(500), steps=3, batch_size=4, segment_len=8)
+    training.train(fresh(), cycle(500), steps=3, batch_size=4, segment_len=8)
     out, err = capsys.readouterr()
     assert out == "" and err.rsplit("\r", 1)[-1].strip() == ""
