@@ -38,7 +38,10 @@ def show(figure, alt):
 def show_animation(figures, alt, seconds=1.2):
     """Display figures of equal size as one looping GIF, `seconds` a frame."""
     width = int(figures[0].get_figwidth() * 100)
-    frames = [Picture.open(io.BytesIO(png(f))).convert("P", palette=Picture.Palette.ADAPTIVE, colors=32) for f in figures]
+    frames = [
+        Picture.open(io.BytesIO(png(f))).convert("P", palette=Picture.Palette.ADAPTIVE, colors=32)
+        for f in figures
+    ]
     buffer = io.BytesIO()
     frames[0].save(
         buffer, format="gif", save_all=True, append_images=frames[1:], duration=int(1000 * seconds), loop=0, optimize=True,
@@ -76,7 +79,9 @@ def bars(axes, values, *, ylabel, start=None, colors=None, number="{:.2f}"):
     axes.set(ylabel=ylabel)
 
 
-def matrix(axes, values, *, title="", xlabel="key", ylabel="query", numbers=False, crossed=None, **imshow):
+def matrix(
+    axes, values, *, title="", xlabel="key", ylabel="query", numbers=False, crossed=None, **imshow
+):
     """A matrix as colours, queries down and keys across; entries where `crossed` is True are crossed out."""
     values = np.asarray(values, dtype=float)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **imshow)
@@ -84,9 +89,26 @@ def matrix(axes, values, *, title="", xlabel="key", ylabel="query", numbers=Fals
         middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (i, j), value in np.ndenumerate(values):
             if crossed is None or not crossed[i, j]:
-                axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < middle else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white" if value < middle else "black",
+                )
     for i, j in [] if crossed is None else np.argwhere(np.asarray(crossed)):
-        axes.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="#eeeeee", edgecolor="#999999", hatch="xxx", linewidth=0))
+        axes.add_patch(
+            plt.Rectangle(
+                (j - 0.5, i - 0.5),
+                1,
+                1,
+                facecolor="#eeeeee",
+                edgecolor="#999999",
+                hatch="xxx",
+                linewidth=0,
+            )
+        )
     axes.grid(False)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return image
@@ -119,12 +141,16 @@ def unrolled(axes, n_layers, n_positions, *, now, cached=(), sees=lambda i: (), 
         for i in now:
             for j in sees(i):
                 color = ORANGE if j in cached else BLUE
-                axes.plot([j, i], [layer - 1, layer], color=color, linewidth=0.9, alpha=0.55, zorder=1)
+                axes.plot(
+                    [j, i], [layer - 1, layer], color=color, linewidth=0.9, alpha=0.55, zorder=1
+                )
     for layer in range(n_layers + 1):
         colors = [BLUE if i in now else ORANGE if i in cached else GREY for i in range(n_positions)]
         axes.scatter(range(n_positions), [layer] * n_positions, s=60, color=colors, zorder=2)
     axes.set(title=title, xlim=(-0.7, n_positions - 0.3), ylim=(-0.4, n_layers + 0.4))
-    axes.set_yticks(range(n_layers + 1), labels=["text", *(f"layer {n}" for n in range(1, n_layers + 1))])
+    axes.set_yticks(
+        range(n_layers + 1), labels=["text", *(f"layer {n}" for n in range(1, n_layers + 1))]
+    )
     axes.set_xticks([])
     axes.grid(False)
     for spine in axes.spines.values():

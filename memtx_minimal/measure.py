@@ -149,9 +149,9 @@ class _Recorder(TorchFunctionMode):
 def record_attention(model):
     """Inside the block, `weights` holds the attention of the model's latest forward pass.
 
-        with record_attention(model) as weights:
-            model(tokens, memory)
-        weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
+    with record_attention(model) as weights:
+        model(tokens, memory)
+    weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
     """
     weights, modes = [], []
 
@@ -164,7 +164,10 @@ def record_attention(model):
         if modes:
             modes.pop().__exit__(None, None, None)
 
-    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+    hooks = [
+        model.register_forward_pre_hook(enter),
+        model.register_forward_hook(leave, always_call=True),
+    ]
     try:
         yield weights
     finally:

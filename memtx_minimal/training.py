@@ -70,7 +70,9 @@ def train(
                 logits, memory, *aux = model(tokens, memory)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
             if not all(value.isfinite() for value in (loss, *aux)):
-                raise FloatingPointError(f"loss {loss.item()} at step {step}: lower lr ({lr}) or clip ({clip})")
+                raise FloatingPointError(
+                    f"loss {loss.item()} at step {step}: lower lr ({lr}) or clip ({clip})"
+                )
             optimizer.zero_grad()
             sum(aux, loss).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -78,7 +80,9 @@ def train(
 
             history["loss"].append(loss.item())
             bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            if valid is not None and ((valid_every and (step + 1) % valid_every == 0) or step + 1 == steps):
+            if valid is not None and (
+                (valid_every and (step + 1) % valid_every == 0) or step + 1 == steps
+            ):
                 history["valid"].append((step + 1, evaluate(model, valid)))
                 model.train()
     except KeyboardInterrupt:

@@ -11,13 +11,22 @@ from torch import nn
 
 
 def distances(T, M, device=None):
-    """How far key j lies before query i, (T, M + T): 0 is the query itself, below 0 is the future."""
+    """How far each key lies before each query, (T, M + T): 0 is the query itself, below 0 the future."""
     return M + torch.arange(T, device=device)[:, None] - torch.arange(M + T, device=device)
 
 
+def attention_mask(distance, limit=None):
+    """A mask to add to scores, (T, K): 0 where a query may look, -inf in the future and from limit on."""
+    hidden = distance < 0
+    if limit is not None:
+        hidden |= distance >= limit
+    return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+
+
 def sinusoid(distance, d_model):
-    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: a fixed sinusoid, as in Vaswani et al., nothing learned."""
-    wavelengths = 10_000 ** (torch.arange(0, d_model, 2, device=distance.device) / d_model)  # (d_model / 2,)
+    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: fixed, as in Vaswani et al."""
+    evens = torch.arange(0, d_model, 2, device=distance.device)  # (d_model / 2,)
+    wavelengths = 10_000 ** (evens / d_model)
     angles = distance[:, None] / wavelengths
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -25,8 +34,8 @@ def sinusoid(distance, d_model):
 def rel_shift(scores):
     """Line scores up by key instead of by distance. Appendix B, without a copy.
 
-    (..., T, K + 1) with columns for the distances K ... 0, the same in every row -> (..., T, K) with a column for each key.
-    Entries of future keys are garbage, to be masked.
+    (..., T, K + 1), with the distances K ... 0 as columns in every row -> (..., T, K), with the keys
+    as columns. Entries of future keys are garbage, to be masked.
     """
     T, K = scores.size(-2), scores.size(-1) - 1
     return scores.flatten(-2)[..., T:].unflatten(-1, (T, K))
@@ -37,6 +46,8 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
+        if d_model % (2 * n_heads):
+            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.n_heads, d_head = n_heads, d_model // n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
@@ -51,10 +62,12 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
     def forward(self, context, R, mask):
-        """context (B, K, d_model) is memory, then segment; R (K + 1, d_model); mask (T, K) is 0 or, where no look is allowed, -inf."""
+        """context (B, K, d_model): memory, then segment; R (K + 1, d_model); mask (T, K)."""
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
-        k, values = (self.heads(x) for x in self.key_value(context).chunk(2, dim=-1))  # (B, H, K, d_head)
+        k, values = (
+            self.heads(x) for x in self.key_value(context).chunk(2, dim=-1)
+        )  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
         scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
         scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
@@ -84,14 +97,12 @@ class Layer(nn.Module):
 
 
 class TransformerXL(nn.Module):
-    """A language model that reads a stream segment by segment and caches the inputs of each layer.
+    """A language model that reads a stream in segments and remembers the inputs of each layer.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. The memory is a list of one
-    tensor a layer (B, M, d_model), M <= mem_len, detached; pass None at the start of a stream.
-    mem_len is a plain attribute: raise it to evaluate with a longer memory than in training.
-
-    clamp_len    distances above it share one encoding (None: no limit)
-    same_length  every query sees its mem_len latest keys and no more, itself included
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a list with one tensor a layer,
+    (B, M, d_model), M <= mem_len, detached. Pass None at the start of a stream. mem_len is a plain
+    attribute: raise it to evaluate with a longer memory than in training. Distances above clamp_len
+    share one encoding; with same_length every query sees its mem_len latest keys, itself included.
     """
 
     def __init__(
@@ -99,42 +110,30 @@ class TransformerXL(nn.Module):
         mem_len=64, clamp_len=None, same_length=False, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        if d_model % (2 * n_heads):
-            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
-        if mem_len < 0 or (same_length and mem_len == 0):
-            raise ValueError(f"mem_len {mem_len} is not 0 or more (same_length needs 1 or more)")
-        if clamp_len is not None and clamp_len < 1:
-            raise ValueError(f"clamp_len {clamp_len} is not 1 or more: None sets no limit")
+        if mem_len < same_length or (clamp_len is not None and clamp_len < 1):
+            raise ValueError(
+                f"{mem_len=} must be >= 0 (1 with same_length), {clamp_len=} >= 1 or None"
+            )
         self.mem_len, self.clamp_len, self.same_length = mem_len, clamp_len, same_length
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
-            Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers)
-        )
-        self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, vocab_size)
+        self.embedding, self.dropout = nn.Embedding(vocab_size, d_model), nn.Dropout(dropout)
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
+        self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        memory = memory or [x[:, :0]] * len(self.layers)
-        if memory[0].size(0) != x.size(0):
-            raise ValueError(f"memory of {memory[0].size(0)} streams, tokens of {x.size(0)}")
-        R, mask = self.positions(T=x.size(1), M=memory[0].size(1), like=x)
+        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model) each
+        if len(memory[0]) != len(x):
+            raise ValueError(f"memory of {len(memory[0])} streams, tokens of {len(x)}")
+        distance = distances(x.size(1), memory[0].size(1), x.device)  # (T, K)
+        mask = attention_mask(distance, limit=self.mem_len if self.same_length else None)
+        columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
+        R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)  # (K + 1, d_model)
 
-        remembered = []
+        R, remembered = self.dropout(R), []
         for layer, past in zip(self.layers, memory, strict=True):
             context = torch.cat([past, x], dim=1)  # (B, K, d_model)
             first = max(0, context.size(1) - self.mem_len)
             remembered.append(context[:, first:].detach().clone())
             x = layer(context, R, mask)
         return self.head(self.norm(x)), remembered
-
-    def positions(self, *, T, M, like):
-        """R for the distances K ... 0, (K + 1, d_model), and the mask (T, K): 0 to look, -inf not to."""
-        distance = distances(T, M, like.device)
-        hidden = distance < 0
-        if self.same_length:
-            hidden |= distance >= self.mem_len
-        mask = like.new_zeros(T, M + T).masked_fill(hidden, float("-inf"))
-        columns = torch.arange(M + T, -1, -1, device=like.device).clamp(max=self.clamp_len or M + T)
-        return self.dropout(sinusoid(columns, like.size(-1)).to(like.dtype)), mask

@@ -13,7 +13,8 @@ from torch import nn
 
 def sinusoid(positions, d_model):
     """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani et al., section 3.5."""
-    wavelengths = 10_000 ** (torch.arange(0, d_model, 2, device=positions.device) / d_model)  # (d_model / 2,)
+    evens = torch.arange(0, d_model, 2, device=positions.device)  # (d_model / 2,)
+    wavelengths = 10_000 ** (evens / d_model)
     angles = positions[:, None] / wavelengths
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -32,7 +33,9 @@ class CausalAttention(nn.Module):
         qkv = self.query_key_value(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d_head) each
         dropout = self.dropout if self.training else 0.0
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # (B, H, T, d_head)
+        heads = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=dropout
+        )  # (B, H, T, d_head)
         return self.out(heads.transpose(1, 2).flatten(2))  # (B, T, d_model)
 
 
@@ -42,7 +45,9 @@ class Layer(nn.Module):
     def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__()
         self.attention = CausalAttention(d_model, n_heads, dropout)
-        self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
+        )
         self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -59,22 +64,26 @@ class VanillaTransformer(nn.Module):
     the protocol of the other models, ignores it, and returns None in its place.
     """
 
-    def __init__(self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, max_len=64, dropout=0.0):
+    def __init__(
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, max_len=64, dropout=0.0
+    ):  # fmt: skip
         super().__init__()
         if d_model % (2 * n_heads):
-            raise ValueError(f"d_model {d_model} must be a multiple of 2 * n_heads = {2 * n_heads}")
+            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.max_len = max_len
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.register_buffer("positions", sinusoid(torch.arange(max_len), d_model), persistent=False)  # (max_len, d_model)
+        positions = sinusoid(torch.arange(max_len), d_model)  # (max_len, d_model)
+        self.register_buffer("positions", positions, persistent=False)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
         T = tokens.size(1)
         if not 1 <= T <= self.max_len:
-            raise ValueError(f"{T} tokens do not fit a window of max_len {self.max_len}: pass 1 to {self.max_len}")
+            raise ValueError(f"{T} tokens do not fit the window: pass 1 to {self.max_len}")
         x = self.dropout(self.embedding(tokens) + self.positions[:T])  # (B, T, d_model)
         for layer in self.layers:
             x = layer(x)

@@ -19,21 +19,24 @@
 # [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/01_transformer_xl.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/01_transformer_xl.ipynb)
 
 # %% [markdown]
-# A transformer reads a window of text. What lies before the window does not exist for it. **Transformer-XL**
-# ([Dai et al., 2019](https://arxiv.org/abs/1901.02860)) gives it a memory in the most direct way: keep the
-# hidden states that were computed for the previous segment, and let attention look at them. For that to work,
-# a position must be a distance and no longer a place. These are the two ideas of the chapter.
+# A transformer reads a window of text. What lies before the window does not exist for it.
+# **Transformer-XL** ([Dai et al., 2019](https://arxiv.org/abs/1901.02860)) gives it a memory in the
+# most direct way: keep the hidden states that were computed for the previous segment, and let
+# attention look at them. For that to work, a position must be a distance and no longer a place.
+# These are the two ideas of the chapter.
 #
 # **When you have read it, you can**
-# - say why absolute positions and a memory of hidden states do not go together, and show it in an experiment;
+# - say why absolute positions and a memory of hidden states do not go together, and show it in an
+# experiment;
 # - write relative attention with its four terms, and the shift that makes it cheap;
-# - train and evaluate a model that carries memory from segment to segment, and know how far back it can look;
+# - train and evaluate a model that carries memory from segment to segment, and know how far back it
+# can look;
 # - measure what the memory gains and what it costs.
 #
 # **You need** PyTorch, and attention with queries, keys and values. No more.
 #
-# **Time and memory.** The budget of the whole notebook is 8 minutes and 2 GiB on two CPU cores. It trains four
-# small models while you read. The last cell prints what it took on your machine.
+# **Time and memory.** The budget of the whole notebook is 8 minutes and 2 GiB on two CPU cores. It
+# trains four small models while you read. The last cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
 import subprocess
@@ -71,8 +74,8 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `M` | tokens in memory | `d_head` | width of a head, `d_model / H` |
 # | `K` | keys: memory, then segment, `M + T` | `L` | layers |
 #
-# And one picture of the idea. Positions run across, layers go up. Blue is computed now; orange was computed
-# earlier and is read from memory; grey does not exist for the model at this moment.
+# And one picture of the idea. Positions run across, layers go up. Blue is computed now; orange was
+# computed earlier and is read from memory; grey does not exist for the model at this moment.
 
 # %%
 def frame(title, p, segments):
@@ -108,8 +111,9 @@ figures.show_animation(
 # %% [markdown]
 # ## 1.1 The problem: a window forgets
 #
-# The text is Tiny Shakespeare, one million characters. Without a network and without the file, it is a
-# synthetic play that the package writes itself; every figure names the text that it was made from.
+# The text is Tiny Shakespeare, one million characters. Without a network and without the file, it
+# is a synthetic play that the package writes itself; every figure names the text that it was made
+# from.
 
 # %%
 corpus = corpora.tiny_shakespeare()
@@ -118,8 +122,9 @@ print(f"{len(corpus.vocab)} different characters")
 print(corpus.text[:160])
 
 # %% [markdown]
-# The baseline is an ordinary transformer decoder. It reads segments of `T = 32` characters, and each segment is
-# a new world to it. All models of this chapter get the same size, the same text and the same number of steps.
+# The baseline is an ordinary transformer decoder. It reads segments of `T = 32` characters, and
+# each segment is a new world to it. All models of this chapter get the same size, the same text and
+# the same number of steps.
 
 # %%
 T = 32
@@ -138,8 +143,8 @@ history = {"vanilla": fit(vanilla)}
 print(f"parameters: {sum(p.numel() for p in vanilla.parameters()):,}")
 
 # %% [markdown]
-# Now look at the validation loss by position in the segment. All losses in this chapter are in nats per
-# character: the natural logarithm of how surprised the model is.
+# Now look at the validation loss by position in the segment. All losses in this chapter are in nats
+# per character: the natural logarithm of how surprised the model is.
 
 # %%
 def loss_by_position(model):
@@ -170,40 +175,60 @@ print(f"first position {first:.2f}, last eight positions {last:.2f} nats per cha
 assert first > last + 0.5
 
 # %% [markdown]
-# The first characters of every segment are guessed almost blind, although their past stands in the text.
-# The paper calls this **context fragmentation**. You can avoid it at evaluation: slide the window by one character
-# and compute it anew for each prediction. That makes evaluation slower by about the length of the window, and
-# training still never sees further than `T`.
+# The first characters of every segment are guessed almost blind, although their past stands in the
+# text. The paper calls this **context fragmentation**. You can avoid it at evaluation: slide the
+# window by one character and compute it anew for each prediction. That makes evaluation slower by
+# about the length of the window, and training still never sees further than `T`.
 
 # %% [markdown]
 # ## 1.2 Positions that survive a move
 #
-# The remedy is easy to say: keep the hidden states of the last segment and attend to them. But they carry
-# positions. In the baseline the state at place 5 of the old segment and the state at place 5 of the new one were both
-# computed with the same position vector. Side by side in one attention, they cannot be told apart.
+# The remedy is easy to say: keep the hidden states of the last segment and attend to them. But they
+# carry positions. In the baseline the state at place 5 of the old segment and the state at place 5
+# of the new one were both computed with the same position vector. Side by side in one attention,
+# they cannot be told apart.
 #
-# What stays true when a segment becomes memory is the **distance** from query to key. With `M` tokens in memory, query
-# $i$ of the segment stands at place $M + i$, key $j$ at place $j$, and the distance is $M + i - j$.
+# What stays true when a segment becomes memory is the **distance** from query to key. With `M`
+# tokens in memory, query $i$ of the segment stands at place $M + i$, key $j$ at place $j$, and the
+# distance is $M + i - j$.
 
 # %% tags=["from-module"]
 def distances(T, M, device=None):
-    """How far key j lies before query i, (T, M + T): 0 is the query itself, below 0 is the future."""
+    """How far each key lies before each query, (T, M + T): 0 is the query itself, below 0 the future."""
     return M + torch.arange(T, device=device)[:, None] - torch.arange(M + T, device=device)
 
 # %%
 print(distances(T=3, M=2))
 
 # %% [markdown]
-# Three queries, five keys. A zero is the query itself; what is negative lies in the future and will be masked.
+# Three queries, five keys. A zero is the query itself; what is negative lies in the future. The
+# mask follows from the same table: a number to add to each score, 0 or minus infinity.
+
+# %% tags=["from-module"]
+def attention_mask(distance, limit=None):
+    """A mask to add to scores, (T, K): 0 where a query may look, -inf in the future and from limit on."""
+    hidden = distance < 0
+    if limit is not None:
+        hidden |= distance >= limit
+    return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+
+# %%
+print(attention_mask(distances(T=3, M=2)))
+
+# %% [markdown]
+# (The `limit` hides keys that lie too far back. You will see its use at the end of the section on
+# recurrence.)
 #
-# Each distance gets a vector $R_{i-j}$: a fixed sinusoid, the one that the original transformer uses for places.
-# Half of the numbers are sines, half are cosines, of wavelengths from $2\pi$ to $10\,000 \cdot 2\pi$. Nothing is learned here,
-# so a distance that never came up in training has a sensible vector too.
+# Each distance gets a vector $R_{i-j}$: a fixed sinusoid, the one that the original transformer
+# uses for places. Half of the numbers are sines, half are cosines, of wavelengths from $2\pi$ to
+# $10\,000 \cdot 2\pi$. Nothing is learned here, so a distance that never came up in training has a
+# sensible vector too.
 
 # %% tags=["from-module"]
 def sinusoid(distance, d_model):
-    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: a fixed sinusoid, as in Vaswani et al., nothing learned."""
-    wavelengths = 10_000 ** (torch.arange(0, d_model, 2, device=distance.device) / d_model)  # (d_model / 2,)
+    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: fixed, as in Vaswani et al."""
+    evens = torch.arange(0, d_model, 2, device=distance.device)  # (d_model / 2,)
+    wavelengths = 10_000 ** (evens / d_model)
     angles = distance[:, None] / wavelengths
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -223,17 +248,18 @@ figures.show(
 # %% [markdown]
 # ### Four terms
 #
-# How does the distance get into the score of query $i$ and key $j$? Take the ordinary score with absolute positions,
-# where $E$ is what stands at a place and $U$ which place it is, and multiply out:
+# How does the distance get into the score of query $i$ and key $j$? Take the ordinary score with
+# absolute positions, where $E$ is what stands at a place and $U$ which place it is, and multiply
+# out:
 #
 # $$
 # A^{\text{abs}}_{i,j} = \underbrace{E_i^\top W_q^\top W_k E_j}_{(a)} + \underbrace{E_i^\top W_q^\top W_k U_j}_{(b)}
 #  + \underbrace{U_i^\top W_q^\top W_k E_j}_{(c)} + \underbrace{U_i^\top W_q^\top W_k U_j}_{(d)}
 # $$
 #
-# The paper changes three things. The key's place $U_j$ becomes the distance $R_{i-j}$. The query's place must not matter
-# any more, so $U_i^\top W_q^\top$ becomes a learned vector: $u$ in (c), $v$ in (d). And distances get their own
-# projection $W_{k,R}$ beside the one for content, $W_{k,E}$:
+# The paper changes three things. The key's place $U_j$ becomes the distance $R_{i-j}$. The query's
+# place must not matter any more, so $U_i^\top W_q^\top$ becomes a learned vector: $u$ in (c), $v$
+# in (d). And distances get their own projection $W_{k,R}$ beside the one for content, $W_{k,E}$:
 #
 # $$
 # A^{\text{rel}}_{i,j} = \underbrace{E_i^\top W_q^\top W_{k,E} E_j}_{(a)} + \underbrace{E_i^\top W_q^\top W_{k,R} R_{i-j}}_{(b)}
@@ -256,12 +282,14 @@ figures.show(
 # %% [markdown]
 # ### The shift
 #
-# The first product is one matrix product. The second has another vector for each pair $(i, j)$, which would mean a
-# tensor of shape `(T, K, d_head)`. But there are only `K` different distances. So compute a matrix whose *columns are distances*,
-# the same in every row, and move each row into place afterwards.
+# The first product is one matrix product. The second has another vector for each pair $(i, j)$,
+# which would mean a tensor of shape `(T, K, d_head)`. But there are only `K` different distances.
+# So compute a matrix whose *columns are distances*, the same in every row, and move each row into
+# place afterwards.
 #
-# Here is the matrix for three queries and two tokens in memory. In place of scores it holds the distance that each entry is for. The columns run
-# from the largest distance down to 0, with one more at the front that no query needs: you will see what it is good for.
+# Here is the matrix for three queries and two tokens in memory. In place of scores it holds the
+# distance that each entry is for. The columns run from the largest distance down to 0, with one
+# more at the front that no query needs: you will see what it is good for.
 
 # %%
 T_, M_ = 3, 2
@@ -270,9 +298,10 @@ by_distance = torch.arange(K_, -1, -1).expand(T_, K_ + 1).contiguous()  # (T, K 
 print(by_distance)
 
 # %% [markdown]
-# Row 0 should start at distance 2, row 1 at distance 3, row 2 at distance 4: every row sits one further to the left than
-# the row below it. Lay all rows end to end, drop the first `T` numbers, and cut again, now in rows of `K`. Because a row has become one
-# shorter, each cut falls one later in the row, and that is the shift.
+# Row 0 should start at distance 2, row 1 at distance 3, row 2 at distance 4: each row has to move one
+# place further to the left than the row below it. Lay all rows end to end, drop the first `T` numbers,
+# and cut again, now in rows of `K`. Because a row has become one shorter, each cut falls one later
+# in the row, and that is the shift.
 
 # %%
 end_to_end = by_distance.flatten()
@@ -281,16 +310,17 @@ print("drop first T ", end_to_end[T_:].tolist())
 print(end_to_end[T_:].unflatten(0, (T_, K_)))  # cut in rows of K
 
 # %% [markdown]
-# Below the diagonal of the future this is exactly the table of distances from above. Above it stands garbage: ends of one row that
-# slipped into the next. Nobody will look there, because the future is masked. The extra column at the front makes the lengths come out
-# right, so that nothing has to be padded or copied: the shift only *views* the same numbers in another way.
+# Below the diagonal of the future this is exactly the table of distances from above. Above it
+# stands garbage: ends of one row that slipped into the next. Nobody will look there, because the
+# future is masked. The extra column at the front makes the lengths come out right, so that nothing
+# has to be padded or copied: the shift only *views* the same numbers in another way.
 
 # %% tags=["from-module"]
 def rel_shift(scores):
     """Line scores up by key instead of by distance. Appendix B, without a copy.
 
-    (..., T, K + 1) with columns for the distances K ... 0, the same in every row -> (..., T, K) with a column for each key.
-    Entries of future keys are garbage, to be masked.
+    (..., T, K + 1), with the distances K ... 0 as columns in every row -> (..., T, K), with the keys
+    as columns. Entries of future keys are garbage, to be masked.
     """
     T, K = scores.size(-2), scores.size(-1) - 1
     return scores.flatten(-2)[..., T:].unflatten(-1, (T, K))
@@ -320,13 +350,13 @@ figures.show(
 )
 
 # %% [markdown]
-# In the right table `m` are keys in memory and `s` keys in the segment. The zeros lie where each query meets itself; the crossed
-# triangle is the garbage.
+# In the right table `m` are keys in memory and `s` keys in the segment. The zeros lie where each
+# query meets itself; the crossed triangle is the garbage.
 #
 # ### Relative attention
 #
-# Everything is there. Queries come from the segment alone; keys and values from memory and segment. The scores are divided
-# by $\sqrt{d_{\text{head}}}$ as always.
+# Everything is there. Queries come from the segment alone; keys and values from memory and segment.
+# The scores are divided by $\sqrt{d_{\text{head}}}$ as always.
 
 # %% tags=["from-module"]
 class RelativeAttention(nn.Module):
@@ -334,6 +364,8 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
+        if d_model % (2 * n_heads):
+            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.n_heads, d_head = n_heads, d_model // n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
@@ -348,10 +380,12 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
     def forward(self, context, R, mask):
-        """context (B, K, d_model) is memory, then segment; R (K + 1, d_model); mask (T, K) is 0 or, where no look is allowed, -inf."""
+        """context (B, K, d_model): memory, then segment; R (K + 1, d_model); mask (T, K)."""
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
-        k, values = (self.heads(x) for x in self.key_value(context).chunk(2, dim=-1))  # (B, H, K, d_head)
+        k, values = (
+            self.heads(x) for x in self.key_value(context).chunk(2, dim=-1)
+        )  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
         scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
         scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
@@ -370,8 +404,8 @@ attention = RelativeAttention(d_model=H * d_head, n_heads=H, dropout=0.0)
 nn.init.normal_(attention.u), nn.init.normal_(attention.v)
 context = torch.randn(1, M_ + T_, H * d_head)  # (B, K, d_model)
 
-distance = distances(T_, M_)
-mask = torch.zeros(T_, M_ + T_).masked_fill(distance < 0, -math.inf)  # (T, K)
+distance = distances(T_, M_)  # (T, K)
+mask = attention_mask(distance)  # (T, K)
 out = attention(context, sinusoid(torch.arange(M_ + T_, -1, -1), H * d_head), mask)
 print("context", tuple(context.shape), " mask", tuple(mask.shape), " out", tuple(out.shape))
 
@@ -401,11 +435,12 @@ assert torch.allclose(out, slow, atol=1e-5)
 # \tilde h^{n-1}_{\tau} = \left[\, \text{SG}(h^{n-1}_{\tau-1}) \circ h^{n-1}_{\tau} \,\right],
 # $$
 #
-# the states of the previous segment and those of this one, joined along time. SG stops the gradient: the old states are
-# read, and not trained through. But the projections that turn them into keys and values do learn from them.
+# the states of the previous segment and those of this one, joined along time. SG stops the
+# gradient: the old states are read, and not trained through. But the projections that turn them
+# into keys and values do learn from them.
 #
-# Note which states are kept: the *input* of each layer. Layer $n$ looks one segment back at states that had themselves looked one segment
-# back. That is why the reach grows with depth.
+# Note which states are kept: the *input* of each layer. Layer $n$ looks one segment back at states
+# that had themselves looked one segment back. That is why the reach grows with depth.
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
@@ -427,8 +462,9 @@ class Layer(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
 
 # %% [markdown]
-# The model holds it together. The memory is a list with one tensor a layer. It grows until it holds `mem_len` states and then drops
-# the oldest. The caller gets it back with the logits and passes it in again with the next segment:
+# The model holds it together. The memory is a list with one tensor a layer. It grows until it holds
+# `mem_len` states and then drops the oldest. The caller gets it back with the logits and passes it
+# in again with the next segment:
 #
 # ```python
 # memory = None
@@ -436,19 +472,17 @@ class Layer(nn.Module):
 #     logits, memory = model(tokens, memory)
 # ```
 #
-# Two more options of the paper: `clamp_len` gives all distances beyond a limit the same vector, and `same_length` lets every
-# query see equally many keys.
+# Two more options of the paper: `clamp_len` gives all distances beyond a limit the same vector, and
+# `same_length` lets every query see equally many keys.
 
 # %% tags=["from-module"]
 class TransformerXL(nn.Module):
-    """A language model that reads a stream segment by segment and caches the inputs of each layer.
+    """A language model that reads a stream in segments and remembers the inputs of each layer.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. The memory is a list of one
-    tensor a layer (B, M, d_model), M <= mem_len, detached; pass None at the start of a stream.
-    mem_len is a plain attribute: raise it to evaluate with a longer memory than in training.
-
-    clamp_len    distances above it share one encoding (None: no limit)
-    same_length  every query sees its mem_len latest keys and no more, itself included
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a list with one tensor a layer,
+    (B, M, d_model), M <= mem_len, detached. Pass None at the start of a stream. mem_len is a plain
+    attribute: raise it to evaluate with a longer memory than in training. Distances above clamp_len
+    share one encoding; with same_length every query sees its mem_len latest keys, itself included.
     """
 
     def __init__(
@@ -456,45 +490,33 @@ class TransformerXL(nn.Module):
         mem_len=64, clamp_len=None, same_length=False, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        if d_model % (2 * n_heads):
-            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
-        if mem_len < 0 or (same_length and mem_len == 0):
-            raise ValueError(f"mem_len {mem_len} is not 0 or more (same_length needs 1 or more)")
-        if clamp_len is not None and clamp_len < 1:
-            raise ValueError(f"clamp_len {clamp_len} is not 1 or more: None sets no limit")
+        if mem_len < same_length or (clamp_len is not None and clamp_len < 1):
+            raise ValueError(
+                f"{mem_len=} must be >= 0 (1 with same_length), {clamp_len=} >= 1 or None"
+            )
         self.mem_len, self.clamp_len, self.same_length = mem_len, clamp_len, same_length
-        self.embedding = nn.Embedding(vocab_size, d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
-            Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers)
-        )
-        self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, vocab_size)
+        self.embedding, self.dropout = nn.Embedding(vocab_size, d_model), nn.Dropout(dropout)
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
+        self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        memory = memory or [x[:, :0]] * len(self.layers)
-        if memory[0].size(0) != x.size(0):
-            raise ValueError(f"memory of {memory[0].size(0)} streams, tokens of {x.size(0)}")
-        R, mask = self.positions(T=x.size(1), M=memory[0].size(1), like=x)
+        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model) each
+        if len(memory[0]) != len(x):
+            raise ValueError(f"memory of {len(memory[0])} streams, tokens of {len(x)}")
+        distance = distances(x.size(1), memory[0].size(1), x.device)  # (T, K)
+        mask = attention_mask(distance, limit=self.mem_len if self.same_length else None)
+        columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
+        R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)  # (K + 1, d_model)
 
-        remembered = []
+        R, remembered = self.dropout(R), []
         for layer, past in zip(self.layers, memory, strict=True):
             context = torch.cat([past, x], dim=1)  # (B, K, d_model)
             first = max(0, context.size(1) - self.mem_len)
             remembered.append(context[:, first:].detach().clone())
             x = layer(context, R, mask)
         return self.head(self.norm(x)), remembered
-
-    def positions(self, *, T, M, like):
-        """R for the distances K ... 0, (K + 1, d_model), and the mask (T, K): 0 to look, -inf not to."""
-        distance = distances(T, M, like.device)
-        hidden = distance < 0
-        if self.same_length:
-            hidden |= distance >= self.mem_len
-        mask = like.new_zeros(T, M + T).masked_fill(hidden, float("-inf"))
-        columns = torch.arange(M + T, -1, -1, device=like.device).clamp(max=self.clamp_len or M + T)
-        return self.dropout(sinusoid(columns, like.size(-1)).to(like.dtype)), mask
 
 # %%
 torch.manual_seed(SEED)
@@ -509,8 +531,8 @@ assert not any(state.requires_grad for state in memory)
 # %% [markdown]
 # ### Does it remember?
 #
-# If memory does what we think, it must not matter where the text was cut: reading segment by segment, with a memory that holds everything, must give
-# the same logits as reading all at once.
+# If memory does what we think, it must not matter where the text was cut: reading segment by
+# segment, with a memory that holds everything, must give the same logits as reading all at once.
 
 # %%
 @torch.no_grad()
@@ -534,8 +556,9 @@ for segment_len in (1, 3, 5):
 # %% [markdown]
 # ### How far back?
 #
-# Change one token of the past, and see whether the logits of the last one feel it. We expect the effect to reach the segment itself and
-# `L * M` tokens further: a memory of `M` for each of the `L` layers.
+# Change one token of the past, and see whether the logits of the last one feel it. We expect the
+# effect to reach the segment itself and `L * M` tokens further: a memory of `M` for each of the `L`
+# layers.
 
 # %%
 def felt(mem_len, n_layers, segment_len=4, n=48):
@@ -567,7 +590,8 @@ for (M, L), row in zip(cases, rows):
 # %% [markdown]
 # ## 1.4 Train it
 #
-# This is the same loop that trained the baseline. It is written once for all the chapters, in `memtx_minimal/training.py`, and at its heart are these lines:
+# This is the same loop that trained the baseline. It is written once for all the chapters, in
+# `memtx_minimal/training.py`, and at its heart are these lines:
 #
 # ```python
 # logits, memory = model(tokens, memory)
@@ -576,9 +600,10 @@ for (M, L), row in zip(cases, rows):
 # loss.backward()
 # ```
 #
-# The memory needs one thing from the data: segment after segment must *continue* the text. So the stream is cut in `B` long lanes, and step after
-# step reads the next `T` characters of each lane. Shuffled batches would make the memory meaningless. When the lanes come to their end, training starts anew
-# with an empty memory.
+# The memory needs one thing from the data: segment after segment must *continue* the text. So the
+# stream is cut in `B` long lanes, and step after step reads the next `T` characters of each lane.
+# Shuffled batches would make the memory meaningless. When the lanes come to their end, training
+# starts anew with an empty memory.
 
 # %%
 torch.manual_seed(SEED)
@@ -600,7 +625,8 @@ figures.show(
 )
 
 # %% [markdown]
-# A sample. To generate, the model reads the prompt once, and then one new character at a time: everything before it is in memory.
+# A sample. To generate, the model reads the prompt once, and then one new character at a time:
+# everything before it is in memory.
 
 # %%
 prompt = corpus.valid[:64]
@@ -638,8 +664,9 @@ assert start_penalty["vanilla"] > 0.5 and abs(start_penalty["Transformer-XL"]) <
 # %% [markdown]
 # ### Both ideas are needed
 #
-# The paper takes its two ideas apart (Table 6): relative positions with and without recurrence, absolute positions without. We
-# add the fourth corner, which section 1.2 warned of: recurrence with absolute positions. To build it, numbers from 0 to `T - 1` are added to the embedding in every
+# The paper takes its two ideas apart (Table 6): relative positions with and without recurrence,
+# absolute positions without. We add the fourth corner, which section 1.2 warned of: recurrence with
+# absolute positions. To build it, numbers from 0 to `T - 1` are added to the embedding in every
 # segment anew, and the distances are silenced.
 
 # %%
@@ -651,16 +678,13 @@ class PlacedEmbedding(nn.Embedding):
         return super().forward(tokens) + sinusoid(places, self.embedding_dim)
 
 
-class AbsoluteXL(TransformerXL):
+def absolute_xl(mem_len):
     """Transformer-XL without relative positions: memory, but every segment counts from 0."""
-
-    def __init__(self, vocab_size, d_model, **sizes):
-        super().__init__(vocab_size, d_model, **sizes)
-        self.embedding = PlacedEmbedding(vocab_size, d_model)
-
-    def positions(self, **where):
-        R, mask = super().positions(**where)
-        return torch.zeros_like(R), mask
+    model = TransformerXL(**SIZES, mem_len=mem_len)
+    model.embedding = PlacedEmbedding(SIZES["vocab_size"], SIZES["d_model"])
+    for layer in model.layers:  # W_R = 0, for good: no distance in any score
+        nn.init.zeros_(layer.attention.position.weight).requires_grad_(False)
+    return model.to(device)
 
 
 # %%
@@ -671,7 +695,7 @@ models["relative", "no memory"] = TransformerXL(**SIZES, mem_len=0).to(device)
 _ = fit(models["relative", "no memory"])
 
 torch.manual_seed(SEED)
-models["absolute", "memory"] = AbsoluteXL(**SIZES, mem_len=T).to(device)
+models["absolute", "memory"] = absolute_xl(mem_len=T)
 _ = fit(models["absolute", "memory"])
 
 # %%
@@ -700,13 +724,14 @@ assert ablation["relative", "no memory"] < ablation["absolute", "no memory"] - 0
 assert ablation["absolute", "memory"] > best + 0.1
 
 # %% [markdown]
-# As in the paper, each idea helps, and both together help most. The fourth corner is the lesson: a memory whose positions collide with those of the
-# segment is *worse than no memory*.
+# As in the paper, each idea helps, and both together help most. The fourth corner is the lesson: a
+# memory whose positions collide with those of the segment is *worse than no memory*.
 #
 # ### A longer memory at evaluation
 #
-# Because distances have a vector at every length, you can evaluate with a longer memory than in training. The paper trains
-# with a memory as long as the segment, and evaluates with several times that.
+# Because distances have a vector at every length, you can evaluate with a longer memory than in
+# training. The paper trains with a memory as long as the segment, and evaluates with several times
+# that.
 
 # %%
 def with_memory(model, mem_len):
@@ -745,22 +770,26 @@ assert abs(relative[-1] - relative[3]) < 0.03  # a memory eight times as long do
 assert absolute[-1] > absolute[3] + 0.05  # with absolute positions it does
 
 # %% [markdown]
-# What came out: the gain is nearly complete at the memory of training and does not grow much after. That is a fact about this text and this small model, which find little use for
-# what stands more than a line or two back; the paper's gains at long range need longer training on longer texts. But nothing breaks either, and that
-# is what the relative positions promise.
+# What came out: the gain is nearly complete at the memory of training and does not grow much after.
+# That is a fact about this text and this small model, which find little use for what stands more
+# than a line or two back; the paper's gains at long range need longer training on longer texts. But
+# nothing breaks either, and that is what the relative positions promise.
 #
 # ### Relative effective context length
 #
-# How much context does a model really use? Appendix C of the paper proposes a measure that is fair to models of different strength.
-# Let $l_i(c, t)$ be the loss of model $i$ at position $t$ when it sees just $c$ tokens before it. Compare only with the best model of the group, $b(c, t) = \min_i l_i(c, t)$, and only on the
-# hard positions $\mathcal T$, the top share $r$ by $b(c, t)$. The gain of model $i$ from a longer context $c' = c + \Delta$ is
+# How much context does a model really use? Appendix C of the paper proposes a measure that is fair
+# to models of different strength. Let $l_i(c, t)$ be the loss of model $i$ at position $t$ when it
+# sees just $c$ tokens before it. Compare only with the best model of the group, $b(c, t) = \min_i
+# l_i(c, t)$, and only on the hard positions $\mathcal T$, the top share $r$ by $b(c, t)$. The gain
+# of model $i$ from a longer context $c' = c + \Delta$ is
 #
 # $$
 # f_i(c, c') = \frac{1}{|\mathcal T|} \sum_{t \in \mathcal T} \min\left(b(c, t),\, l_i(c', t)\right), \qquad
 # g_i(c, c') = \frac{\exp f_i(c, c) - \exp f_i(c, c')}{\exp f_i(c, c)} .
 # $$
 #
-# Lengthen the context in steps of $\Delta$; the RECL is the length at which the gain first falls below 0.01.
+# Lengthen the context in steps of $\Delta$; the RECL is the length at which the gain first falls
+# below 0.01.
 #
 # (The vanilla model has no positions beyond its window, so it is never given more than `T`.)
 
@@ -778,8 +807,8 @@ def losses_with_context(model, places, context):
 
 
 STEP = 16
-contexts = list(range(STEP, 12 * STEP + 1, STEP))
-places = torch.linspace(contexts[-1], len(corpus.valid) - 1, 600).long()
+contexts = list(range(STEP, 8 * STEP + 1, STEP))
+places = torch.linspace(contexts[-1], len(corpus.valid) - 1, 1500).long()
 group = {"Transformer-XL": xl, "relative, no memory": models["relative", "no memory"], "vanilla": vanilla}
 table = {
     name: torch.stack([losses_with_context(model, places, c) for c in contexts])  # (contexts, N)
@@ -822,13 +851,17 @@ figures.show(
     "Loss against the length of the context. The vanilla curve is level beyond its window; the model with "
     "relative positions and no memory gets worse there; Transformer-XL falls on and stays lowest.",
 )
-assert recl("Transformer-XL", 0.1) > T >= recl("vanilla", 0.1)
+gain = {name: (losses[1] - losses[-1]).mean().item() for name, losses in table.items()}
+for name, value in gain.items():
+    print(f"{name:20} gains {value:+.3f} nats from context {contexts[1]} to {contexts[-1]}")
+assert gain["Transformer-XL"] > 0.02 > gain["vanilla"] > gain["relative, no memory"]
 
 # %% [markdown]
 # ### Where it looks
 #
-# Take the trained model, record its attention over many segments, and sort the attention by the **age** of the key: its distance from the query. The buckets
-# double in width. Age alone does not tell memory from segment: to the first query of a segment nearly everything is memory, to the last
+# Take the trained model, record its attention over many segments, and sort the attention by the
+# **age** of the key: its distance from the query. The buckets double in width. Age alone does not
+# tell memory from segment: to the first query of a segment nearly everything is memory, to the last
 # only what is older than `T`. The second figure shows that side.
 
 # %%
@@ -885,7 +918,8 @@ assert (share[:, 0] > share[:, -1] + 0.2).all()
 # %% [markdown]
 # ### The four terms after training
 #
-# The same computation as in the check above, with the trained weights, one layer, one head and one segment.
+# The same computation as in the check above, with the trained weights, one layer, one head and one
+# segment.
 
 # %%
 @torch.inference_mode()
@@ -937,14 +971,17 @@ spread = {name: term[~term.isnan()].std().item() for name, term in terms.items()
 print("spread over all heads: ", "  ".join(f"({name}) {s:.2f}" for name, s in spread.items()))
 
 # %% [markdown]
-# You see what the formula says: (a) changes from pair to pair; (b) runs along diagonals, each row with its own weights; (c) is the same in
-# every row; (d) is the same along every diagonal. The dashed line parts memory (left) from segment (right); no term takes notice of it.
+# You see what the formula says: (a) changes from pair to pair; (b) runs along diagonals, each row
+# with its own weights; (c) is the same in every row; (d) is the same along every diagonal. The
+# dashed line parts memory (left) from segment (right); no term takes notice of it.
 #
 # ### Evaluation is faster, and not by a little
 #
-# The baseline needs one window for each prediction if it is to see a full context. Transformer-XL computes each state once. The paper's Table 9 gives
-# the factor at several attention lengths; here is ours, on an untrained model of the same sizes. What is compared: the time to predict **one character with a context of
-# `n`**. Vanilla: one forward pass over a window of `n`. Transformer-XL: one forward pass over a segment with a full memory of `n`, divided by the length of the segment.
+# The baseline needs one window for each prediction if it is to see a full context. Transformer-XL
+# computes each state once. The paper's Table 9 gives the factor at several attention lengths; here
+# is ours, on an untrained model of the same sizes. What is compared: the time to predict **one
+# character with a context of `n`**. Vanilla: one forward pass over a window of `n`. Transformer-XL:
+# one forward pass over a segment with a full memory of `n`, divided by the length of the segment.
 
 # %%
 paper = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}
@@ -985,9 +1022,11 @@ figures.show(
 # %% [markdown]
 # ### What the memory costs
 #
-# Two costs. The **memory itself** is one state for each layer and remembered token: `L * B * M * d_model` numbers of 4 bytes. And **training** keeps more for the backward
-# pass, because every layer has more keys. Which tensors does autograd keep that grow with `K = M + T`? In each layer, for each text of the batch: the context, its normalised
-# copy, keys, values and the projected distances (`d_model` numbers a key each), and the attention weights (`H * T` numbers a key).
+# Two costs. The **memory itself** is one state for each layer and remembered token: `L * B * M *
+# d_model` numbers of 4 bytes. And **training** keeps more for the backward pass, because every
+# layer has more keys. Which tensors does autograd keep that grow with `K = M + T`? In each layer,
+# for each text of the batch: the context, its normalised copy, keys, values and the projected
+# distances (`d_model` numbers a key each), and the attention weights (`H * T` numbers a key).
 
 # %%
 B = 32
@@ -1025,8 +1064,8 @@ assert held == held_computed
 assert all(abs(m / c - 1) < 0.05 for m, c in zip(kept, kept_computed))
 
 # %% [markdown]
-# Memory costs little to hold and much more to train with, and both grow in proportion to its length. Chapter 2 takes up from here: it compresses what is
-# old instead of dropping it.
+# Memory costs little to hold and much more to train with, and both grow in proportion to its
+# length. Chapter 2 takes up from here: it compresses what is old instead of dropping it.
 #
 # ## 1.6 Departures from the paper
 #
@@ -1040,19 +1079,29 @@ assert all(abs(m / c - 1) < 0.05 for m, c in zip(kept, kept_computed))
 #
 # ## 1.7 What became of it
 #
-# - **Segment recurrence** lives on wherever a text is longer than the window: in XLNet (which took over both ideas), in the Compressive Transformer (chapter 2), the Block-Recurrent
-#   Transformer, the Recurrent Memory Transformer. The key-value cache of every language model that you talk to is the same thought at segment length one: do not compute a state twice.
-# - **Reach that grows with depth** came back as sliding-window attention, in Longformer and Mistral 7B: each layer looks back one window, and the stack looks back many.
-# - **Relative positions** won, in simpler forms. T5 keeps only a learned term (d). ALiBi keeps a fixed straight line in its place. Rotary embeddings (RoPE) let the distance into term (a) itself by
-#   rotating queries and keys.
+# - **Segment recurrence** lives on wherever a text is longer than the window: in XLNet (which took
+# over both ideas), in the Compressive Transformer (chapter 2), the Block-Recurrent Transformer, the
+# Recurrent Memory Transformer. The key-value cache of every language model that you talk to is the
+# same thought at segment length one: do not compute a state twice.
+# - **Reach that grows with depth** came back as sliding-window attention, in Longformer and Mistral
+# 7B: each layer looks back one window, and the stack looks back many.
+# - **Relative positions** won, in simpler forms. T5 keeps only a learned term (d). ALiBi keeps a
+# fixed straight line in its place. Rotary embeddings (RoPE) let the distance into term (a) itself
+# by rotating queries and keys.
 #
 # ## 1.8 Exercises
 #
-# 1. *(10 minutes)* Write `my_shift(scores)` that does what `rel_shift` does in the way of the paper's own code: with `K` columns instead of `K + 1`, by padding a column of zeros at the front. Check it with `check_shift` below.
-# 2. *(10 minutes)* Evaluate `xl` with memory but with its memory cleared every four segments. Predict the loss before you run it. Between which two numbers of the ablation must it lie?
-# 3. *(20 minutes)* Train with `same_length=True`. What is the reach of the model now? Use `felt` to check.
-# 4. *(30 minutes)* Replace terms (b) and (d) by one learned number for each head and distance, as T5 does. What do you gain, what do you lose at memory lengths beyond training?
-# 5. *(30 minutes)* Let the gradient through: remove `detach` in a copy of the class, carry the graph over two segments, and measure bytes kept for backward and loss. Is it worth it?
+# 1. *(10 minutes)* Write `my_shift(scores)` that does what `rel_shift` does in the way of the
+# paper's own code: with `K` columns instead of `K + 1`, by padding a column of zeros at the front.
+# Check it with `check_shift` below.
+# 2. *(10 minutes)* Evaluate `xl` with memory but with its memory cleared every four segments.
+# Predict the loss before you run it. Between which two numbers of the ablation must it lie?
+# 3. *(20 minutes)* Train with `same_length=True`. What is the reach of the model now? Use `felt` to
+# check.
+# 4. *(30 minutes)* Replace terms (b) and (d) by one learned number for each head and distance, as
+# T5 does. What do you gain, what do you lose at memory lengths beyond training?
+# 5. *(30 minutes)* Let the gradient through: remove `detach` in a copy of the class, carry the
+# graph over two segments, and measure bytes kept for backward and loss. Is it worth it?
 
 # %%
 def check_shift(my_shift):
@@ -1081,10 +1130,13 @@ def check_shift(my_shift):
 #
 # ## References
 #
-# - Z. Dai, Z. Yang, Y. Yang, J. Carbonell, Q. V. Le, R. Salakhutdinov: [Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context](https://arxiv.org/abs/1901.02860). ACL 2019.
+# - Z. Dai, Z. Yang, Y. Yang, J. Carbonell, Q. V. Le, R. Salakhutdinov: [Transformer-XL: Attentive
+# Language Models Beyond a Fixed-Length Context](https://arxiv.org/abs/1901.02860). ACL 2019.
 # - A. Vaswani et al.: [Attention Is All You Need](https://arxiv.org/abs/1706.03762). NeurIPS 2017.
-# - P. Shaw, J. Uszkoreit, A. Vaswani: [Self-Attention with Relative Position Representations](https://arxiv.org/abs/1803.02155). NAACL 2018.
-# - R. Al-Rfou, D. Choe, N. Constant, M. Guo, L. Jones: [Character-Level Language Modeling with Deeper Self-Attention](https://arxiv.org/abs/1808.04444). AAAI 2019.
+# - P. Shaw, J. Uszkoreit, A. Vaswani: [Self-Attention with Relative Position
+# Representations](https://arxiv.org/abs/1803.02155). NAACL 2018.
+# - R. Al-Rfou, D. Choe, N. Constant, M. Guo, L. Jones: [Character-Level Language Modeling with
+# Deeper Self-Attention](https://arxiv.org/abs/1808.04444). AAAI 2019.
 
 # %%
 minutes = (time.perf_counter() - started) / 60

@@ -137,7 +137,12 @@ def test_opened_fused_attention_equals_the_fused_one(mask):
     visible = torch.rand(5, 5) > 0.3
     visible |= torch.eye(5, dtype=torch.bool)
     bias = torch.randn(5, 5, dtype=torch.float64)
-    kw = {"none": {}, "causal": dict(is_causal=True), "bool": dict(attn_mask=visible), "float": dict(attn_mask=bias, scale=0.3)}[mask]
+    kw = {
+        "none": {},
+        "causal": dict(is_causal=True),
+        "bool": dict(attn_mask=visible),
+        "float": dict(attn_mask=bias, scale=0.3),
+    }[mask]
 
     class Fused(torch.nn.Module):
         def forward(self):

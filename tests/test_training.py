@@ -59,7 +59,14 @@ def test_evaluation_in_between_does_not_touch_the_training_memory():
     a, b = fresh(), fresh()
     plain = training.train(a, cycle(900), steps=8, batch_size=4, segment_len=8, progress=False)
     watched = training.train(
-        b, cycle(900), steps=8, batch_size=4, segment_len=8, valid=cycle(200), valid_every=1, progress=False
+        b,
+        cycle(900),
+        steps=8,
+        batch_size=4,
+        segment_len=8,
+        valid=cycle(200),
+        valid_every=1,
+        progress=False,
     )
     assert plain["loss"] == watched["loss"]
 
@@ -90,7 +97,9 @@ def test_ctrl_c_returns_the_history_and_a_usable_model(capsys):
             return super().forward(tokens, memory)
 
     stopped = Interrupted(**SMALL, mem_len=6)
-    history = training.train(stopped, cycle(500), steps=50, batch_size=4, segment_len=8, progress=False)
+    history = training.train(
+        stopped, cycle(500), steps=50, batch_size=4, segment_len=8, progress=False
+    )
     assert len(history["loss"]) == 3 and not stopped.training
     assert "3 of 50" in capsys.readouterr().out
     assert math.isfinite(training.evaluate(stopped, cycle(100), batch_size=4, segment_len=8))
@@ -106,13 +115,17 @@ def test_auxiliary_losses_are_trained_too():
             return *super().forward(tokens, memory), self.extra**2
 
     aided = WithAux(**SMALL, mem_len=6)
-    training.train(aided, cycle(500), steps=30, batch_size=4, segment_len=8, lr=0.1, clip=10, progress=False)
+    training.train(
+        aided, cycle(500), steps=30, batch_size=4, segment_len=8, lr=0.1, clip=10, progress=False
+    )
     assert abs(aided.extra.item()) < 2.5
 
 
 def test_gradients_are_clipped():
     wild = fresh()
-    training.train(wild, cycle(500), steps=1, batch_size=4, segment_len=8, clip=1e-3, progress=False)
+    training.train(
+        wild, cycle(500), steps=1, batch_size=4, segment_len=8, clip=1e-3, progress=False
+    )
     norm = torch.stack([p.grad.norm() for p in wild.parameters()]).norm()
     assert norm <= 1.001e-3
 
@@ -123,7 +136,9 @@ def test_token_losses_agree_with_one_long_reading(name):
     stream = tokens(1, 61)[0]
     losses = training.token_losses(trained, stream, batch_size=3, segment_len=5)
     assert losses.shape == (3, 20)
-    assert training.evaluate(trained, stream, batch_size=3, segment_len=5) == pytest.approx(losses.mean().item())
+    assert training.evaluate(trained, stream, batch_size=3, segment_len=5) == pytest.approx(
+        losses.mean().item()
+    )
     memory, lane = None, stream[20:41]
     for start in range(0, 20, 5):
         with torch.no_grad():
@@ -186,7 +201,11 @@ def test_sampling_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize(
     "kw, words",
-    [(dict(temperature=-1), "temperature -1"), (dict(top_k=0), "top_k 0"), (dict(prompt=[]), "empty")],
+    [
+        (dict(temperature=-1), "temperature -1"),
+        (dict(top_k=0), "top_k 0"),
+        (dict(prompt=[]), "empty"),
+    ],
 )
 def test_invalid_requests_are_refused(kw, words):
     prompt = torch.tensor(kw.pop("prompt", [1]), dtype=torch.int64)
