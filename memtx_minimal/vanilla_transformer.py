@@ -1,7 +1,8 @@
 """The baseline: a decoder-only transformer that forgets everything outside its window.
 
-Every chapter compares with this model. It reads one window of at most `max_len` tokens, and nothing survives from one window
-to the next. Vaswani et al., "Attention Is All You Need" (2017), decoder only, with layer norm before each block (pre-LN).
+Every chapter compares with this model. It reads one window of at most `max_len` tokens, and nothing
+survives from one window to the next. Vaswani et al., "Attention Is All You Need" (2017), decoder
+only, with layer norm before each block (pre-LN).
 
 Letters in the shape comments: B batch, T tokens in the window, H heads, d_model = H * d_head.
 """
@@ -60,8 +61,8 @@ class Layer(nn.Module):
 class VanillaTransformer(nn.Module):
     """A language model with absolute positions and no memory.
 
-    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It takes a memory argument only to share
-    the protocol of the other models, ignores it, and returns None in its place.
+    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It takes a memory argument
+    only to share the protocol of the other models, ignores it, and returns None in its place.
     """
 
     def __init__(

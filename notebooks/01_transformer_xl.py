@@ -194,7 +194,7 @@ assert first > last + 0.5
 
 # %% tags=["from-module"]
 def distances(T, M, device=None):
-    """How far each key lies before each query, (T, M + T): 0 is the query itself, below 0 the future."""
+    """How far each key lies before each query, (T, M + T): 0 is the query itself, < 0 the future."""
     return M + torch.arange(T, device=device)[:, None] - torch.arange(M + T, device=device)
 
 # %%
@@ -206,7 +206,7 @@ print(distances(T=3, M=2))
 
 # %% tags=["from-module"]
 def attention_mask(distance, limit=None):
-    """A mask to add to scores, (T, K): 0 where a query may look, -inf in the future and from limit on."""
+    """What to add to scores, (T, K): 0 where a query may look, -inf in the future and from limit on."""
     hidden = distance < 0
     if limit is not None:
         hidden |= distance >= limit
@@ -360,7 +360,7 @@ figures.show(
 
 # %% tags=["from-module"]
 class RelativeAttention(nn.Module):
-    """Multi-head attention of a segment over memory and itself, by content and by distance. Section 3.3."""
+    """Attention of a segment over memory and itself, by content and by distance. Section 3.3."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
@@ -383,9 +383,7 @@ class RelativeAttention(nn.Module):
         """context (B, K, d_model): memory, then segment; R (K + 1, d_model); mask (T, K)."""
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
-        k, values = (
-            self.heads(x) for x in self.key_value(context).chunk(2, dim=-1)
-        )  # (B, H, K, d_head)
+        k, values = map(self.heads, self.key_value(context).chunk(2, dim=-1))  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
         scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
         scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
@@ -508,9 +506,10 @@ class TransformerXL(nn.Module):
         distance = distances(x.size(1), memory[0].size(1), x.device)  # (T, K)
         mask = attention_mask(distance, limit=self.mem_len if self.same_length else None)
         columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
-        R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)  # (K + 1, d_model)
+        R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)
+        R = self.dropout(R)  # (K + 1, d_model)
 
-        R, remembered = self.dropout(R), []
+        remembered = []
         for layer, past in zip(self.layers, memory, strict=True):
             context = torch.cat([past, x], dim=1)  # (B, K, d_model)
             first = max(0, context.size(1) - self.mem_len)
