@@ -4,7 +4,8 @@ A row is a dict in the ROWS of a chapter file beside this one:
 
 name, compares   what to call it, and a sentence on what is compared, with sizes and units
 sides            a function without arguments -> a list of functions, one a side, each returning {measure: number}; a round calls each once
-reach            figures, such as "labml / ours >= 2.2" or "minutes <= 8": names are measures; a ratio is taken within a round, then the median
+reach            figures, such as "labml / ours >= 2.2", "minutes <= 8" or, only to be told, "ours / theirs": names are measures; a ratio is
+                 taken within a round, then the median over the rounds
 rounds           how many rounds (default 5)
 public           True: the row runs on the public packages of requirements.txt, installed in a virtual environment of their own
 
@@ -29,6 +30,7 @@ from datetime import datetime, timezone
 from operator import ge, le
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -54,7 +56,11 @@ def measure(row, rounds, threads):
         for side in sides:
             record |= side()
         records.append(record)
-        print(f"  round {n + 1} of {rounds}: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()), file=sys.stderr, flush=True)
+        print(
+            f"  round {n + 1} of {rounds}: " + ", ".join(f"{name} {value:.4g}" for name, value in record.items()),
+            file=sys.stderr,
+            flush=True,
+        )
     return {"torch": torch.__version__, "threads": threads, "rounds": records}
 
 
@@ -104,10 +110,11 @@ def run(row, rounds, threads):
 
 def judge(figure, records):
     """ "a / b >= 2.2" and the rounds -> the figure with its measured value and whether it is reached."""
-    names, sign, target = re.fullmatch(r"(.+) ([<>]=) ([\d.]+)", figure).groups()
+    names, sign, target = re.fullmatch(r"(.+?)(?: ([<>]=) ([\d.]+))?", figure).groups()
     top, *bottom = names.split(" / ")
     value = median(record[top] / record[bottom[0]] if bottom else record[top] for record in records)
-    return {"figure": names, "measured": value, "reach": f"{sign} {target}", "reached": {">=": ge, "<=": le}[sign](value, float(target))}
+    judged = {"figure": names, "measured": value}
+    return judged if sign is None else judged | {"reach": f"{sign} {target}", "reached": {">=": ge, "<=": le}[sign](value, float(target))}
 
 
 def report(row, outcome):
@@ -120,21 +127,18 @@ def report(row, outcome):
 
 
 def table(outcomes):
-    lines = [f"{'row':<20} {'figure':<26} {'measured':>9}  {'reach':<8}  verdict", "-" * 80]
+    verdict = {True: "reached", False: "NOT REACHED", None: ""}
+    line = "{:<18} {:<36} {:>9}  {:<8}  {}".format
+    lines = [line("row", "figure", "measured", "reach", "verdict"), "-" * 90]
     for outcome in outcomes:
-        verdicts = [
-            (f["figure"], f"{f['measured']:.4g}", f["reach"], "reached" if f["reached"] else "NOT REACHED") for f in outcome.get("figures", [])
-        ]
-        for state in ("unavailable", "crashed"):
-            if state in outcome:
-                verdicts = [("", "", "", f"{state.upper()}: {outcome[state]}")]
-        for name, verdict in zip([outcome["row"]] + [""] * len(verdicts), verdicts):
-            lines.append("{:<20} {:<26} {:>9}  {:<8}  {}".format(name, *verdict))
+        cells = [(f["figure"], f"{f['measured']:.4g}", f.get("reach", ""), verdict[f.get("reached")]) for f in outcome.get("figures", [])]
+        cells += [("", "", "", f"{state.upper()}: {outcome[state]}") for state in ("unavailable", "crashed") if state in outcome]
+        lines += [line("" if n else outcome["row"], *cell) for n, cell in enumerate(cells)]
     for outcome in outcomes:
-        lines += ["", f"{outcome['row']}: {outcome['compares']}"]
+        lines += ["", *wrap(f"{outcome['row']}: {outcome['compares']}", 110)]
         if "medians" in outcome:
             values = ", ".join(f"{name} {value:.4g}" for name, value in outcome["medians"].items())
-            lines.append(f"  median of {len(outcome['rounds'])}, torch {outcome['torch']}, {outcome['threads']} threads: {values}")
+            lines += wrap(f"median of {len(outcome['rounds'])}, torch {outcome['torch']}, {outcome['threads']} threads: {values}", 110)
     return "\n".join(lines)
 
 
