@@ -74,7 +74,7 @@ def answer(row, rounds, threads):
         except Exception as error:  # noqa: BLE001
             traceback.print_exc()
             outcome = {"crashed": f"{type(error).__name__}: {error}"}
-    print(json.dumps(outcome))
+    print(json.dumps(outcome).replace(str(ROOT), "."))  # results carry no folder of this machine
 
 
 # In the process that a person starts.
