@@ -22,7 +22,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from contextlib import redirect_stdout
@@ -152,10 +151,9 @@ def machine():
 
 def write(path, results):
     """All or nothing: a reader never sees half a file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(results, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(part, path)
 
 
 def main():
