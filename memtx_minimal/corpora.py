@@ -17,11 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pooch
 import torch
 from requests import RequestException
 from torch import Tensor
 from tqdm import tqdm
+
+with warnings.catch_warnings():  # in a notebook pooch asks for widgets, which nothing here needs
+    warnings.simplefilter("ignore")
+    import pooch
 
 FILE_NAME = "tinyshakespeare.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
