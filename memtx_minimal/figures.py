@@ -49,15 +49,10 @@ def show_animation(figures, alt, seconds=1.2):
     display(Image(buffer.getvalue(), format="gif", alt=alt, width=width))
 
 
-def curves(axes, x, ys, *, xlabel, ylabel, log2=False, marker=None):
-    """Several curves over the same x: ys is {label: values}; x is a sequence, or {label: sequence}."""
+def curves(axes, x, ys, *, xlabel, ylabel, marker=None):
+    """Several curves over the same x: ys is {label: values}."""
     for label, y in ys.items():
-        axes.plot(x[label] if isinstance(x, dict) else x, y, marker=marker, label=label)
-    if log2:
-        axes.set_xscale("log", base=2)
-        ticks = x if not isinstance(x, dict) else next(iter(x.values()))
-        axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
+        axes.plot(x, list(y), marker=marker, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if len(ys) > 1:
         axes.legend()
@@ -68,13 +63,11 @@ def smooth(values, width):
     return np.convolve(values, np.ones(width) / width, mode="valid")
 
 
-def bars(axes, values, *, ylabel, start=None, colors=None, number="{:.2f}"):
-    """One bar a label, with its value on top: values is {label: value}; start is where the axis begins."""
-    shown = axes.bar(list(values), list(values.values()), color=colors or BLUE, width=0.6)
+def bars(axes, values, *, ylabel, number="{:.2f}"):
+    """One bar a label, from zero, with its value on top: values is {label: value}."""
+    shown = axes.bar(list(values), list(values.values()), color=BLUE, width=0.6)
     axes.bar_label(shown, labels=[number.format(v) for v in values.values()], padding=2)
     axes.margins(y=0.12)
-    if start is not None:
-        axes.set_ylim(bottom=start)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=ylabel)
 
@@ -82,33 +75,18 @@ def bars(axes, values, *, ylabel, start=None, colors=None, number="{:.2f}"):
 def matrix(
     axes, values, *, title="", xlabel="key", ylabel="query", numbers=False, crossed=None, **imshow
 ):
-    """A matrix as colours, queries down and keys across; entries where `crossed` is True are crossed out."""
+    """A matrix as colours, queries down and keys across; entries where `crossed` is True are hidden."""
     values = np.asarray(values, dtype=float)
+    crossed = np.zeros(values.shape, bool) if crossed is None else np.asarray(crossed)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **imshow)
-    if numbers:
-        middle = (np.nanmin(values) + np.nanmax(values)) / 2
-        for (i, j), value in np.ndenumerate(values):
-            if crossed is None or not crossed[i, j]:
-                axes.text(
-                    j,
-                    i,
-                    f"{value:.0f}",
-                    ha="center",
-                    va="center",
-                    color="white" if value < middle else "black",
-                )
-    for i, j in [] if crossed is None else np.argwhere(np.asarray(crossed)):
-        axes.add_patch(
-            plt.Rectangle(
-                (j - 0.5, i - 0.5),
-                1,
-                1,
-                facecolor="#eeeeee",
-                edgecolor="#999999",
-                hatch="xxx",
-                linewidth=0,
-            )
-        )
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (i, j), value in np.ndenumerate(values):
+        if crossed[i, j]:
+            look = dict(facecolor="#eeeeee", edgecolor="#999999", hatch="xxx", linewidth=0)
+            axes.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, **look))
+        elif numbers:
+            color = "white" if value < middle else "black"
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
     axes.grid(False)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return image
@@ -145,7 +123,8 @@ def unrolled(axes, n_layers, n_positions, *, now, cached=(), sees=lambda i: (), 
                     [j, i], [layer - 1, layer], color=color, linewidth=0.9, alpha=0.55, zorder=1
                 )
     for layer in range(n_layers + 1):
-        colors = [BLUE if i in now else ORANGE if i in cached else GREY for i in range(n_positions)]
+        kept = cached if layer < n_layers else ()  # nobody reads the outputs of the last layer
+        colors = [BLUE if i in now else ORANGE if i in kept else GREY for i in range(n_positions)]
         axes.scatter(range(n_positions), [layer] * n_positions, s=60, color=colors, zorder=2)
     axes.set(title=title, xlim=(-0.7, n_positions - 0.3), ylim=(-0.4, n_layers + 0.4))
     axes.set_yticks(

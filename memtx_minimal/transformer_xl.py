@@ -1,11 +1,11 @@
-"""Transformer-XL: attention reaches past the segment, into what each layer has already seen.
+"""Transformer-XL: attention reaches past the segment, into what each layer has seen.
 
-Dai et al., "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context", ACL 2019
-(arXiv 1901.02860). Two ideas that need each other: segment recurrence (section 3.2) and relative
-positions (section 3.3).
+Dai et al., "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
+ACL 2019 (arXiv 1901.02860). Two ideas that need each other: segment recurrence
+(section 3.2) and relative positions (section 3.3).
 
-Letters in the shape comments: B batch, T tokens in the segment, M tokens in memory, K = M + T keys,
-H heads, d_model = H * d_head.
+Letters in the shape comments: B batch, T tokens in the segment, M tokens in memory,
+K = M + T keys, H heads, d_model = H * d_head.
 """
 
 import torch
@@ -13,20 +13,23 @@ from torch import nn
 
 
 def distances(T, M, device=None):
-    """How far each key lies before each query, (T, M + T): 0 is the query itself, < 0 the future."""
-    return M + torch.arange(T, device=device)[:, None] - torch.arange(M + T, device=device)
+    """How far each key lies before each query, (T, M + T); below 0 is the future."""
+    query = M + torch.arange(T, device=device)[:, None]  # (T, 1)
+    key = torch.arange(M + T, device=device)  # (M + T,)
+    return query - key
 
 
 def attention_mask(distance, limit=None):
-    """What to add to scores, (T, K): 0 where a query may look, -inf in the future and from limit on."""
+    """Added to scores, (T, K): -inf hides the future, and keys at limit or farther."""
     hidden = distance < 0
     if limit is not None:
         hidden |= distance >= limit
-    return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+    mask = torch.zeros_like(distance, dtype=torch.float32)
+    return mask.masked_fill(hidden, float("-inf"))
 
 
 def sinusoid(distance, d_model):
-    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: fixed, as in Vaswani et al."""
+    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: not learned."""
     evens = torch.arange(0, d_model, 2, device=distance.device)  # (d_model / 2,)
     wavelengths = 10_000 ** (evens / d_model)
     angles = distance[:, None] / wavelengths
@@ -36,20 +39,20 @@ def sinusoid(distance, d_model):
 def rel_shift(scores):
     """Line scores up by key instead of by distance. Appendix B, without a copy.
 
-    (..., T, K + 1), with the distances K ... 0 as columns in every row -> (..., T, K), with the keys
-    as columns. Entries of future keys are garbage, to be masked.
+    (..., T, K + 1), with distances K ... 0 as columns in every row -> (..., T, K),
+    with keys as columns. Entries of future keys are garbage, to be masked.
     """
     T, K = scores.size(-2), scores.size(-1) - 1
     return scores.flatten(-2)[..., T:].unflatten(-1, (T, K))
 
 
 class RelativeAttention(nn.Module):
-    """Attention of a segment over memory and itself, by content and by distance. Section 3.3."""
+    """Attention of a segment over memory and itself, by content and distance."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         if d_model % (2 * n_heads):
-            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
+            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.n_heads, d_head = n_heads, d_model // n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
@@ -64,10 +67,11 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
     def forward(self, context, R, mask):
-        """context (B, K, d_model): memory, then segment; R (K + 1, d_model); mask (T, K)."""
+        """context (B, K, d_model), R (K + 1, d_model), mask (T, K) -> (B, T, d_model)."""
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
-        k, values = map(self.heads, self.key_value(context).chunk(2, dim=-1))  # (B, H, K, d_head)
+        k, values = self.key_value(context).chunk(2, dim=-1)  # (B, K, d_model)
+        k, values = self.heads(k), self.heads(values)  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
         scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
         scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
@@ -78,7 +82,7 @@ class RelativeAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention over memory and segment, then a feed-forward network, each around a residual."""
+    """Attention over memory and segment, then feed-forward; a residual around each."""
 
     def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__()
@@ -86,7 +90,8 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
         )
-        self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feed_forward = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, context, R, mask):
@@ -97,12 +102,12 @@ class Layer(nn.Module):
 
 
 class TransformerXL(nn.Module):
-    """A language model that reads a stream in segments and remembers the inputs of each layer.
+    """A language model that remembers the inputs of each layer, segment after segment.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a list with one tensor a layer,
-    (B, M, d_model), M <= mem_len, detached. Pass None at the start of a stream. mem_len is a plain
-    attribute: raise it to evaluate with a longer memory than in training. Distances above clamp_len
-    share one encoding; with same_length every query sees its mem_len latest keys, itself included.
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a detached tensor
+    (B, M, d_model) a layer, M <= mem_len. Pass None at the start of a stream. mem_len may
+    change at any time, to evaluate with a longer memory. Distances above clamp_len share
+    one encoding; with same_length a query sees its mem_len latest keys, itself included.
     """
 
     def __init__(
@@ -111,22 +116,21 @@ class TransformerXL(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if mem_len < same_length or (clamp_len is not None and clamp_len < 1):
-            raise ValueError(
-                f"{mem_len=} must be >= 0 (1 with same_length), {clamp_len=} >= 1 or None"
-            )
+            raise ValueError(f"{mem_len=} is not >= {int(same_length)}, or {clamp_len=} >= 1")
         self.mem_len, self.clamp_len, self.same_length = mem_len, clamp_len, same_length
-        self.embedding, self.dropout = nn.Embedding(vocab_size, d_model), nn.Dropout(dropout)
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
         stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
         self.layers = nn.ModuleList(stack)
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model) each
+        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model)
         if len(memory[0]) != len(x):
             raise ValueError(f"memory of {len(memory[0])} streams, tokens of {len(x)}")
         distance = distances(x.size(1), memory[0].size(1), x.device)  # (T, K)
-        mask = attention_mask(distance, limit=self.mem_len if self.same_length else None)
+        mask = attention_mask(distance, self.mem_len if self.same_length else None)
         columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
         R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)
         R = self.dropout(R)  # (K + 1, d_model)

@@ -49,7 +49,8 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
         )
-        self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feed_forward = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
@@ -70,7 +71,7 @@ class VanillaTransformer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if d_model % (2 * n_heads):
-            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
+            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.max_len = max_len
         self.embedding = nn.Embedding(vocab_size, d_model)
         positions = sinusoid(torch.arange(max_len), d_model)  # (max_len, d_model)

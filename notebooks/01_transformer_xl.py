@@ -88,11 +88,11 @@ def frame(title, p, segments):
     figures.unrolled(
         top, 3, 12, now=window, sees=lambda i: range(p - 3, i + 1),
         title="Vanilla: the window is all there is",
-    )  # fmt: skip
+    )
     figures.unrolled(
         bottom, 3, 12, now=range(start, end), cached=range(first, start),
         sees=lambda i: range(first, i + 1), title="Transformer-XL: segment and memory",
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -160,7 +160,7 @@ figure, axes = plt.subplots()
 figures.curves(
     axes, range(T), by_position, marker="o",
     xlabel="position in the segment (characters)", ylabel="validation loss (nats per character)",
-)  # fmt: skip
+)
 axes.axhline(by_position["vanilla"].mean(), color="black", linestyle=":")
 axes.set_title(f"A new segment starts blind ({corpus.name})")
 figures.show(
@@ -194,8 +194,10 @@ assert first > last + 0.5
 
 # %% tags=["from-module"]
 def distances(T, M, device=None):
-    """How far each key lies before each query, (T, M + T): 0 is the query itself, < 0 the future."""
-    return M + torch.arange(T, device=device)[:, None] - torch.arange(M + T, device=device)
+    """How far each key lies before each query, (T, M + T); below 0 is the future."""
+    query = M + torch.arange(T, device=device)[:, None]  # (T, 1)
+    key = torch.arange(M + T, device=device)  # (M + T,)
+    return query - key
 
 # %%
 print(distances(T=3, M=2))
@@ -206,11 +208,12 @@ print(distances(T=3, M=2))
 
 # %% tags=["from-module"]
 def attention_mask(distance, limit=None):
-    """What to add to scores, (T, K): 0 where a query may look, -inf in the future and from limit on."""
+    """Added to scores, (T, K): -inf hides the future, and keys at limit or farther."""
     hidden = distance < 0
     if limit is not None:
         hidden |= distance >= limit
-    return torch.zeros_like(distance, dtype=torch.float32).masked_fill(hidden, float("-inf"))
+    mask = torch.zeros_like(distance, dtype=torch.float32)
+    return mask.masked_fill(hidden, float("-inf"))
 
 # %%
 print(attention_mask(distances(T=3, M=2)))
@@ -226,7 +229,7 @@ print(attention_mask(distances(T=3, M=2)))
 
 # %% tags=["from-module"]
 def sinusoid(distance, d_model):
-    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: fixed, as in Vaswani et al."""
+    """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: not learned."""
     evens = torch.arange(0, d_model, 2, device=distance.device)  # (d_model / 2,)
     wavelengths = 10_000 ** (evens / d_model)
     angles = distance[:, None] / wavelengths
@@ -310,8 +313,8 @@ print("drop first T ", end_to_end[T_:].tolist())
 print(end_to_end[T_:].unflatten(0, (T_, K_)))  # cut in rows of K
 
 # %% [markdown]
-# Below the diagonal of the future this is exactly the table of distances from above. Above it
-# stands garbage: ends of one row that slipped into the next. Nobody will look there, because the
+# Up to the zeros this is exactly the table of distances from above. To the right of
+# them stands garbage: the start of a row that slipped into the one above. Nobody will look there, because the
 # future is masked. The extra column at the front makes the lengths come out right, so that nothing
 # has to be padded or copied: the shift only *views* the same numbers in another way.
 
@@ -319,8 +322,8 @@ print(end_to_end[T_:].unflatten(0, (T_, K_)))  # cut in rows of K
 def rel_shift(scores):
     """Line scores up by key instead of by distance. Appendix B, without a copy.
 
-    (..., T, K + 1), with the distances K ... 0 as columns in every row -> (..., T, K), with the keys
-    as columns. Entries of future keys are garbage, to be masked.
+    (..., T, K + 1), with distances K ... 0 as columns in every row -> (..., T, K),
+    with keys as columns. Entries of future keys are garbage, to be masked.
     """
     T, K = scores.size(-2), scores.size(-1) - 1
     return scores.flatten(-2)[..., T:].unflatten(-1, (T, K))
@@ -334,11 +337,11 @@ figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.6))
 figures.matrix(
     axes[0], by_distance, numbers=True, vmin=0, vmax=5,
     title="by distance", xlabel="column",
-)  # fmt: skip
+)
 figures.matrix(
     axes[1], shifted, numbers=True, vmin=0, vmax=5, crossed=distance < 0,
     title="by key, after the shift", ylabel="",
-)  # fmt: skip
+)
 axes[0].set_xticks(range(6), labels=[f"{d}" for d in range(5, -1, -1)])
 axes[1].set_xticks(range(5), labels=["m", "m", "s", "s", "s"])
 for ax in axes:
@@ -360,12 +363,12 @@ figures.show(
 
 # %% tags=["from-module"]
 class RelativeAttention(nn.Module):
-    """Attention of a segment over memory and itself, by content and by distance. Section 3.3."""
+    """Attention of a segment over memory and itself, by content and distance."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
         if d_model % (2 * n_heads):
-            raise ValueError(f"d_model {d_model} is not a multiple of 2 * n_heads = {2 * n_heads}")
+            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.n_heads, d_head = n_heads, d_model // n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
@@ -380,10 +383,11 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
     def forward(self, context, R, mask):
-        """context (B, K, d_model): memory, then segment; R (K + 1, d_model); mask (T, K)."""
+        """context (B, K, d_model), R (K + 1, d_model), mask (T, K) -> (B, T, d_model)."""
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
-        k, values = map(self.heads, self.key_value(context).chunk(2, dim=-1))  # (B, H, K, d_head)
+        k, values = self.key_value(context).chunk(2, dim=-1)  # (B, K, d_model)
+        k, values = self.heads(k), self.heads(values)  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
         scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
         scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
@@ -442,7 +446,7 @@ assert torch.allclose(out, slow, atol=1e-5)
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
-    """Attention over memory and segment, then a feed-forward network, each around a residual."""
+    """Attention over memory and segment, then feed-forward; a residual around each."""
 
     def __init__(self, d_model, n_heads, d_ff, dropout):
         super().__init__()
@@ -450,7 +454,8 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
         )
-        self.norm_attention, self.norm_feed_forward = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feed_forward = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, context, R, mask):
@@ -475,12 +480,12 @@ class Layer(nn.Module):
 
 # %% tags=["from-module"]
 class TransformerXL(nn.Module):
-    """A language model that reads a stream in segments and remembers the inputs of each layer.
+    """A language model that remembers the inputs of each layer, segment after segment.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a list with one tensor a layer,
-    (B, M, d_model), M <= mem_len, detached. Pass None at the start of a stream. mem_len is a plain
-    attribute: raise it to evaluate with a longer memory than in training. Distances above clamp_len
-    share one encoding; with same_length every query sees its mem_len latest keys, itself included.
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a detached tensor
+    (B, M, d_model) a layer, M <= mem_len. Pass None at the start of a stream. mem_len may
+    change at any time, to evaluate with a longer memory. Distances above clamp_len share
+    one encoding; with same_length a query sees its mem_len latest keys, itself included.
     """
 
     def __init__(
@@ -489,22 +494,21 @@ class TransformerXL(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if mem_len < same_length or (clamp_len is not None and clamp_len < 1):
-            raise ValueError(
-                f"{mem_len=} must be >= 0 (1 with same_length), {clamp_len=} >= 1 or None"
-            )
+            raise ValueError(f"{mem_len=} is not >= {int(same_length)}, or {clamp_len=} >= 1")
         self.mem_len, self.clamp_len, self.same_length = mem_len, clamp_len, same_length
-        self.embedding, self.dropout = nn.Embedding(vocab_size, d_model), nn.Dropout(dropout)
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
         stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
         self.layers = nn.ModuleList(stack)
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model) each
+        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model)
         if len(memory[0]) != len(x):
             raise ValueError(f"memory of {len(memory[0])} streams, tokens of {len(x)}")
         distance = distances(x.size(1), memory[0].size(1), x.device)  # (T, K)
-        mask = attention_mask(distance, limit=self.mem_len if self.same_length else None)
+        mask = attention_mask(distance, self.mem_len if self.same_length else None)
         columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
         R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)
         R = self.dropout(R)  # (K + 1, d_model)
@@ -614,7 +618,7 @@ smooth = {label: figures.smooth(losses, 50) for label, losses in history.items()
 figures.curves(
     axes, range(50, STEPS + 1), smooth,
     xlabel="training step", ylabel="training loss (nats per character)",
-)  # fmt: skip
+)
 axes.set_ylim(top=2.6)
 axes.set_title(f"Running mean over 50 steps ({corpus.name})")
 figures.show(
@@ -646,7 +650,7 @@ figure, axes = plt.subplots()
 figures.curves(
     axes, range(T), by_position, marker="o",
     xlabel="position in the segment (characters)", ylabel="validation loss (nats per character)",
-)  # fmt: skip
+)
 axes.set_title(f"Context fragmentation ({corpus.name})")
 figures.show(
     figure,
@@ -705,8 +709,8 @@ ablation = {
 figure, axes = plt.subplots()
 figures.bars(
     axes, {"\n".join(names): loss for names, loss in ablation.items()},
-    ylabel="validation loss (nats per character)", number="{:.3f}", start=1.0,
-)  # fmt: skip
+    ylabel="validation loss (nats per character)", number="{:.3f}",
+)
 axes.set_title(f"Positions and memory, taken apart ({corpus.name})")
 figures.show(
     figure,
@@ -752,7 +756,7 @@ figure, axes = plt.subplots()
 figures.curves(
     axes, range(len(lengths)), sweep, marker="o",
     xlabel="memory at evaluation (characters)", ylabel="validation loss (nats per character)",
-)  # fmt: skip
+)
 axes.set_xticks(range(len(lengths)), labels=lengths)
 axes.axvline(lengths.index(T), color="black", linestyle=":")
 axes.set_title(f"Dotted: the memory in training ({corpus.name})")
@@ -842,7 +846,7 @@ figure, axes = plt.subplots()
 figures.curves(
     axes, contexts, {name: losses.mean(dim=1) for name, losses in table.items()}, marker="o",
     xlabel="context (characters)", ylabel="loss (nats per character)",
-)  # fmt: skip
+)
 axes.axvline(T, color="black", linestyle=":")
 axes.set_title(f"Dotted: the segment in training ({corpus.name})")
 figures.show(
@@ -857,7 +861,8 @@ assert contexts[1] == T and beyond["vanilla"] == 0
 assert beyond["Transformer-XL"] > beyond["relative, no memory"] + 0.01
 
 # %% [markdown]
-# The vanilla model can have nothing from beyond its window. The model with relative positions that
+# Transformer-XL is the worst of the three when it gets only half a segment: it has
+# learned to rely on memory. The vanilla model can have nothing from beyond its window. The model with relative positions that
 # was trained without memory may be given more, and does worse with it: it has never learned to look
 # so far. Transformer-XL does not suffer, and takes what there is. On this text that is little, so
 # the RECL differs by a step or two, where the paper's models differ by a factor of several.
@@ -900,8 +905,8 @@ figures.buckets(axes, edges, mass, xlabel="age of the key (characters)", ylabel=
 axes.set_title(f"Attention by age, memory of {3 * T} ({corpus.name})")
 figures.show(
     figure,
-    "Attention mass by age of the key in buckets that double in width, for each layer. Most attention goes "
-    "to keys a few to a few dozen characters old; little goes to the oldest bucket.",
+    "Attention mass by age of the key in buckets that double in width, for each layer. Most attention "
+    "goes to keys a few characters old; the rest is spread over all ages, back to the oldest.",
 )
 
 # %%
@@ -909,18 +914,22 @@ figure, axes = plt.subplots()
 figures.curves(
     axes, range(T), {f"layer {n + 1}": row for n, row in enumerate(share)},
     xlabel="position in the segment (characters)", ylabel="share of attention on memory",
-)  # fmt: skip
+)
 axes.set_ylim(0, 1)
 axes.set_title(f"Who lives off the memory ({corpus.name})")
 figures.show(
     figure,
-    "Share of attention that goes to memory, by position in the segment, for each layer: close to one at "
-    "the first positions, falling towards the end of the segment.",
+    "Share of attention that goes to memory, by position in the segment, for each layer: nearly all at "
+    "the first position, falling fast over the next few and slowly from there on.",
 )
 print("on memory, over all positions: ", "  ".join(f"layer {n + 1}: {s:.2f}" for n, s in enumerate(share.mean(1))))
 assert (share[:, 0] > share[:, -1] + 0.2).all()
 
 # %% [markdown]
+# Most attention goes to the last few characters, in every layer. That is why the memory matters most
+# just after a seam, where the last few characters *are* the memory. What is older than a segment gets
+# its share too: the layers spread it over all that they are given.
+#
 # ### The four terms after training
 #
 # The same computation as in the check above, with the trained weights, one layer, one head and one
@@ -963,7 +972,7 @@ for ax, (name, term) in zip(axes.flat, terms.items()):
     image = figures.matrix(
         ax, term[head], title=names[name], cmap="PuOr", vmin=-largest, vmax=largest,
         xlabel="key" if name in "cd" else "", ylabel="query" if name in "ac" else "",
-    )  # fmt: skip
+    )
     ax.axvline(T - 0.5, color="black", linestyle="--", linewidth=1)
 figure.colorbar(image, ax=axes, label="part of the score")
 figures.show(
@@ -978,6 +987,8 @@ print("spread over all heads: ", "  ".join(f"({name}) {s:.2f}" for name, s in sp
 # %% [markdown]
 # You see what the formula says: (a) changes from pair to pair; (b) runs along diagonals, each row
 # with its own weights; (c) is the same in every row; (d) is the same along every diagonal. The
+# spreads above tell how much each has to say: position, through (b), more than any other, and (c) hardly
+# anything. The
 # dashed line parts memory (left) from segment (right); no term takes notice of it.
 #
 # ### Evaluation is faster, and not by a little
@@ -1021,7 +1032,7 @@ figure, axes = plt.subplots()
 figures.curves(
     axes, list(paper), {"here": ours.values(), "paper, Table 9": paper.values()}, marker="o",
     xlabel="context (tokens)", ylabel="times slower without memory",
-)  # fmt: skip
+)
 axes.set_title("A sliding window against cached segments")
 figures.show(
     figure,
@@ -1030,6 +1041,10 @@ figures.show(
 )
 
 # %% [markdown]
+# As in the paper, the factor grows with the context. How large it is depends on the machine and on
+# the width: the wider the layer, the less attention itself weighs against the projections. `make
+# bench` measures two more widths.
+#
 # ### What the memory costs
 #
 # Two costs. The **memory itself** is one state for each layer and remembered token: `L * B * M *

@@ -1,0 +1,85 @@
+"""Figures show the numbers that they are given, and say in words what they show."""
+
+import io
+
+import matplotlib
+import pytest
+from PIL import Image as Picture
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from memtx_minimal import figures  # noqa: E402
+
+
+@pytest.fixture
+def axes():
+    with plt.style.context(figures.STYLE):
+        figure, axes = plt.subplots()
+        yield axes
+        plt.close(figure)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What was displayed, instead of displaying it."""
+    outputs = []
+    monkeypatch.setattr(figures, "display", outputs.append)
+    return outputs
+
+
+def test_curves_hold_their_values_and_names(axes):
+    figures.curves(axes, [1, 2, 3], {"a": [4, 5, 6], "b": [7, 8, 9]}, xlabel="x (s)", ylabel="y (m)")
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[4, 5, 6], [7, 8, 9]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x (s)", "y (m)")
+
+
+def test_smooth_is_a_running_mean():
+    assert figures.smooth([1, 2, 3, 10], 2).tolist() == [1.5, 2.5, 6.5]
+
+
+def test_bars_start_at_zero_and_carry_their_values(axes):
+    figures.bars(axes, {"a": 1.7, "b": 2.2}, ylabel="loss")
+    assert [bar.get_height() for bar in axes.patches] == [1.7, 2.2]
+    assert axes.get_ylim()[0] == 0
+    assert [text.get_text() for text in axes.texts] == ["1.70", "2.20"]
+
+
+def test_matrix_crosses_out_what_is_not_to_be_read(axes):
+    image = figures.matrix(axes, [[1, 2], [3, 4]], numbers=True, crossed=[[False, True], [False, False]])
+    assert image.get_array().tolist() == [[1, 2], [3, 4]]
+    assert [text.get_text() for text in axes.texts] == ["1", "3", "4"]
+    assert len(axes.patches) == 1
+
+
+def test_buckets_are_named_by_their_ages(axes):
+    figures.buckets(axes, [0, 1, 4], {"layer 1": [0.25, 0.75]}, xlabel="age", ylabel="share")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1–3"]
+    assert [bar.get_height() for bar in axes.patches] == [0.25, 0.75]
+
+
+def test_unrolled_draws_one_line_for_each_look(axes):
+    figures.unrolled(axes, 2, 4, now=[2, 3], cached=[0, 1], sees=lambda i: range(i + 1))
+    assert len(axes.lines) == 2 * (3 + 4)  # layers x (keys of position 2 + keys of position 3)
+    from_memory = [line for line in axes.lines if line.get_color() == figures.ORANGE]
+    assert len(from_memory) == 2 * (2 + 2)
+
+
+def test_show_gives_a_picture_with_words_and_closes_the_figure(shown):
+    figure, _ = plt.subplots()
+    figures.show(figure, "a plot of nothing")
+    assert Picture.open(io.BytesIO(shown[0].data)).format == "PNG"
+    assert shown[0].alt == "a plot of nothing"
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_animation_has_all_its_frames(shown):
+    frames = []
+    for n in range(3):
+        figure, axes = plt.subplots(figsize=(2, 2))
+        axes.plot([0, n])
+        frames.append(figure)
+    figures.show_animation(frames, "a line that rises", seconds=0.5)
+    gif = Picture.open(io.BytesIO(shown[0].data))
+    assert (gif.format, gif.n_frames, gif.info["duration"], gif.info["loop"]) == ("GIF", 3, 500, 0)
