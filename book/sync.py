@@ -9,6 +9,7 @@ project.urls in pyproject.toml              the cells tagged `badges` and `colab
 
 import argparse
 import ast
+import base64
 import os
 import re
 import sys
@@ -172,11 +173,18 @@ def sync_text(path, url, names):
     return new, drift, broken
 
 
-def write(path, text):
-    """Write all of a file or nothing of it."""
+def write(path, content):
+    """Write all of a file, text or bytes, or nothing of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
+
+
+def readme_figure(nb):
+    """The picture that the cell tagged readme-figure shows, as PNG bytes; None if there is none."""
+    outputs = [out for _, cell in tagged(nb, "readme-figure") for out in cell.outputs]
+    pictures = [out.data["image/png"] for out in outputs if "image/png" in out.get("data", {})]
+    return base64.b64decode(pictures[0]) if pictures else None
 
 
 def sync(root=ROOT, check=False):
@@ -194,6 +202,11 @@ def sync(root=ROOT, check=False):
                 write(ipynb, nbformat.writes(nb) + "\n")
             write(py, percent(nb))
         drift += changes
+        picture, copy = readme_figure(nb), root / "book" / "_static" / "readme.png"
+        if picture and (not copy.exists() or copy.read_bytes() != picture):
+            drift.append(f"{copy.name} is not the figure that {name} shows")
+            if not check:
+                write(copy, picture)
     for path in [root / "README.md", *(root / file for file in LINES)]:
         text, changes, faults = sync_text(path, url, names)
         if changes and not check:

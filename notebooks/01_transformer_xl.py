@@ -643,7 +643,7 @@ print(corpus.vocab.decode(text[64:]))
 #
 # Expected: with memory, the first position of a segment is no worse off than the others.
 
-# %%
+# %% tags=["readme-figure"]
 by_position["Transformer-XL"] = loss_by_position(xl)
 
 figure, axes = plt.subplots()

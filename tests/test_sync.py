@@ -151,3 +151,14 @@ def test_a_drifted_badge(tree):
 def test_a_readme_without_its_markers(tree):
     edit(tree / "README.md", "sync: links", "links")
     assert "0 blocks from '<!-- sync: links -->'" in sync.sync(tree, check=True)[1][0]
+
+
+def test_the_readme_shows_what_the_notebook_shows(tree):
+    picture = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw=="})
+    figure = nbformat.v4.new_code_cell("draw()", metadata={"tags": ["readme-figure"]}, outputs=[picture])
+    edit_cells(tree, lambda cells: [*cells, figure])
+    (tree / "book/_static").mkdir()
+    assert sync.sync(tree, check=True)[0] == ["readme.png is not the figure that 01_tiny shows"]
+    sync.sync(tree)
+    assert (tree / "book/_static/readme.png").read_bytes() == b"\x89PNG"
+    assert sync.sync(tree, check=True) == ([], [])
