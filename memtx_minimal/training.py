@@ -63,7 +63,8 @@ def train(
     try:
         for step in bar:
             tokens, targets, at_start = next(segments)
-            memory = None if at_start else memory
+            if at_start:
+                memory = None
             for group in optimizer.param_groups:
                 group["lr"] = lr * warmup_cosine(step, steps, warmup)
             with autocast(device):
