@@ -44,25 +44,38 @@ def endless(stream, batch_size, segment_len):
             yield tokens, targets, k == 0
 
 
+def clip_groups(model):
+    """Lists of parameters whose gradients are clipped apart: all in one, unless the model says otherwise.
+
+    A model that trains a part with a loss of its own says so by a method `clip_groups`: the size of one
+    loss then never changes the step that another takes.
+    """
+    return model.clip_groups() if hasattr(model, "clip_groups") else [list(model.parameters())]
+
+
 def train(
     model, stream, *, steps, batch_size=32, segment_len=64, lr=3e-3, warmup=50,
     weight_decay=0.01, clip=1.0, valid=None, valid_every=None, progress=True,
 ):  # fmt: skip
     """Train a model on a stream of token ids (N,), in place, with memory from segment to segment.
 
+    In place of a stream you may pass an endless iterator of (tokens, targets, at_start), such as a task
+    made up as it goes; targets of -100 do not count, and at_start True forgets the memory.
     AdamW, warm-up and cosine decay, gradients clipped at norm `clip`. With `valid` (another stream)
     the model is evaluated every `valid_every` steps and after the last. Returns the history:
     {"loss": nats per token, one a step; "valid": [(steps done, nats per token), ...]}.
     A loss that is not finite raises FloatingPointError. Ctrl-C returns the history so far.
     """
     device, history = device_of(model), {"loss": [], "valid": []}
-    segments = endless(stream.to(device), batch_size, segment_len)
+    if isinstance(stream, torch.Tensor):
+        stream = endless(stream.to(device), batch_size, segment_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     bar = tqdm(range(steps), leave=False, disable=not progress, mininterval=0.5)
     model.train()
     try:
         for step in bar:
-            tokens, targets, at_start = next(segments)
+            tokens, targets, at_start = next(stream)
+            tokens, targets = tokens.to(device), targets.to(device)
             if at_start:
                 memory = None
             for group in optimizer.param_groups:
@@ -76,7 +89,8 @@ def train(
                 )
             optimizer.zero_grad()
             sum(aux, loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            for parameters in clip_groups(model):
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
 
             history["loss"].append(loss.item())

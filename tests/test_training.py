@@ -130,6 +130,45 @@ def test_gradients_are_clipped():
     assert norm <= 1.001e-3
 
 
+def test_groups_are_clipped_apart():
+    """A group with a huge gradient does not shrink the step of another."""
+
+    class Split(TransformerXL):
+        def clip_groups(self):
+            rest = [p for name, p in self.named_parameters() if not name.startswith("head")]
+            return [list(self.head.parameters()), rest]
+
+    split, whole = Split(**SMALL, mem_len=6), TransformerXL(**SMALL, mem_len=6)
+    for model in (split, whole):
+        training.train(
+            model, cycle(500), steps=1, batch_size=4, segment_len=8, clip=1e-3, progress=False
+        )
+    norms = [torch.stack([p.grad.norm() for p in group]).norm() for group in split.clip_groups()]
+    torch.testing.assert_close(torch.stack(norms), torch.tensor([1e-3, 1e-3]), rtol=0.01, atol=0)
+    assert torch.stack([p.grad.norm() for p in whole.head.parameters()]).norm() < 0.99e-3
+
+
+def test_a_task_made_up_as_it_goes():
+    """An iterator of batches in place of a stream; targets of -100 do not count, at_start forgets."""
+    seen = []
+
+    class Spy(TransformerXL):
+        def forward(self, tokens, memory=None):
+            seen.append(memory is None)
+            return super().forward(tokens, memory)
+
+    def task():
+        for step in range(10**6):
+            text = tokens(8, 7, seed=step)
+            targets = text.clone()  # say again what you read, but at odd places: anything
+            targets[:, 1::2] = -100
+            yield text, targets, step % 3 == 0
+
+    history = training.train(Spy(**SMALL, mem_len=6), task(), steps=60, lr=1e-2, progress=False)
+    assert seen[:7] == [True, False, False, True, False, False, True]
+    assert history["loss"][-1] < 0.3
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_token_losses_agree_with_one_long_reading(name):
     trained = fresh(name).eval()

@@ -1,19 +1,12 @@
 """Chapter 1, Transformer-XL: training, evaluation, a minute of learning, the notebook. See run.py for what a row is."""
 
 import time
-from contextlib import suppress
-from pathlib import Path
-from threading import Event, Thread
 
 import torch
-import torch.nn.functional as F
+from sides import SIZE, STEP, VOCAB, T, notebook, training
 from torch import nn
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-VOCAB = 65
-SIZE = {"d_model": 128, "n_heads": 4, "n_layers": 4, "d_ff": 512}
-T = MEMORY = 64
-BATCH = 16
+MEMORY = 64
 
 
 # A training step.
@@ -47,37 +40,6 @@ class LabmlXL(nn.Module):
         x, inputs = self.transformer(self.embedding(tokens), memory, self.mask[:, self.mem_len - M :])
         memory = [torch.cat(pair)[-self.mem_len :] for pair in zip(memory, inputs)] if memory else inputs
         return self.generator(x), memory
-
-
-def training(name, model, batch_first=True, steps=10):
-    """One side: microseconds per token of a training step, in all and by phase, over the given number of steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    stream = torch.randint(VOCAB, (steps, BATCH, T + 1), generator=torch.Generator().manual_seed(0))
-    if not batch_first:
-        stream = stream.transpose(1, 2).contiguous()
-    time_dim = 1 if batch_first else 0
-    memory = None
-
-    def step(segment):
-        nonlocal memory
-        tokens, targets = segment.narrow(time_dim, 0, T), segment.narrow(time_dim, 1, T)
-        marks = [time.perf_counter()]
-        logits, memory = model(tokens, memory)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        marks.append(time.perf_counter())
-        optimizer.zero_grad()
-        loss.backward()
-        marks.append(time.perf_counter())
-        optimizer.step()
-        return torch.tensor(marks + [time.perf_counter()], dtype=torch.float64).diff()
-
-    def work():
-        forward, backward, update = (sum(map(step, stream)) / (steps * BATCH * T) * 1e6).tolist()
-        return {name: forward + backward + update, f"{name} forward": forward, f"{name} backward": backward, f"{name} AdamW": update}
-
-    for segment in stream[:3]:  # warm up, and fill the memory
-        step(segment)
-    return work
 
 
 def our_training():
@@ -166,40 +128,6 @@ def learn():
     return {"nats": evaluate(model, corpus.valid, segment_len=LESSONS["segment_len"]), "seconds": elapsed}
 
 
-# The notebook.
-
-
-def watch(stop, totals):
-    """The bytes that the processes started here hold together, every twentieth of a second until told to stop."""
-    import psutil
-
-    while not stop.wait(0.05):
-        total = 0
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it may just have ended
-                total += process.memory_info().rss
-        totals.append(total)
-
-
-def notebook():
-    """Minutes to run the notebook from top to bottom in a kernel of its own, and the most memory that the kernel held."""
-    import nbformat
-    from nbclient import NotebookClient
-
-    content = nbformat.read(NOTEBOOKS / "01_transformer_xl.ipynb", as_version=4)
-    stop, totals = Event(), [0]
-    watcher = Thread(target=watch, args=(stop, totals))
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        NotebookClient(content, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
-    finally:
-        stop.set()
-        watcher.join()
-    return {"minutes": (time.perf_counter() - start) / 60, "GiB": max(totals) / 2**30}
-
-
-STEP = "a training step (forward, backward, AdamW; no clipping), d_model 128, 4 heads, 4 layers, d_ff 512, T 64, batch 16, float32, in microseconds per token"
 ROWS = [
     {
         "name": "xl-train-labml",
@@ -240,7 +168,7 @@ ROWS = [
     {
         "name": "notebook-01",
         "compares": "the notebook from top to bottom: minutes, and the peak of the resident memory of its kernel and what that starts",
-        "sides": lambda: [notebook],
+        "sides": lambda: [lambda: notebook("01_transformer_xl")],
         "reach": ["minutes <= 8", "GiB <= 2"],
         "rounds": 1,
     },
