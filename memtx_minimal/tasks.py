@@ -3,3 +3,40 @@
 Each yields endlessly what `training.train` takes in place of a stream: (tokens, targets, at_start), tokens and
 targets (B, T) int64. Targets of -100 do not count.
 """
+
+import torch
+
+NOISE, KEYS, VALUES = 8, 4, 8
+RECALL_VOCAB = NOISE + KEYS * VALUES + KEYS  # 44 tokens
+
+
+def recall(batch_size, segment_len, seed=0, device=None):
+    """Endless lanes in which values are given to keys and asked for later; chance is 1 / 8.
+
+    Of the tokens 6 % say "this key has now this value" (one token a pair), 15 % ask for a key, and the rest
+    is noise. The target of a question is the latest value of its key, 0 ... 7; all other targets, and questions
+    before the first answer, are -100. Yields (tokens, targets, at_start, age), (B, T) each but at_start: age is
+    how many tokens ago the answer stood, 0 where there is no target.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    latest, since = torch.full((batch_size, KEYS), -100), torch.zeros(batch_size, KEYS, dtype=torch.int64)
+    at_start, rows = True, torch.arange(batch_size)
+    while True:
+        kind = torch.rand(batch_size, segment_len, generator=dice)
+        key, value, noise = (
+            torch.randint(n, (batch_size, segment_len), generator=dice) for n in (KEYS, VALUES, NOISE)
+        )
+        says, asks = kind < 0.06, kind > 0.85
+        tokens = torch.where(says, NOISE + key * VALUES + value, noise)
+        tokens = torch.where(asks, NOISE + KEYS * VALUES + key, tokens)
+        targets, ages = torch.full_like(tokens, -100), torch.zeros_like(tokens)
+        for t in range(segment_len):
+            since += 1
+            k, told = key[:, t], says[:, t]
+            latest[rows[told], k[told]] = value[told, t]
+            since[rows[told], k[told]] = 0
+            known = asks[:, t] & (latest[rows, k] >= 0)
+            targets[known, t] = latest[rows, k][known]
+            ages[known, t] = since[rows, k][known]
+        yield tokens.to(device), targets.to(device), at_start, ages
+        at_start = False

@@ -5,16 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memtx_minimal.compressive_transformer import CompressiveTransformer
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
 SMALL = dict(vocab_size=11, d_model=16, n_heads=2, n_layers=3, d_ff=32)
+COMPRESSED = dict(mem_len=4, compressed_len=3, compression_rate=2)
 MODELS = {
     "vanilla": lambda **kw: VanillaTransformer(**SMALL, max_len=24, **kw),
     "xl": lambda **kw: TransformerXL(**SMALL, mem_len=6, **kw),
     "xl same_length": lambda **kw: TransformerXL(**SMALL, mem_len=6, same_length=True, **kw),
     "xl clamp_len": lambda **kw: TransformerXL(**SMALL, mem_len=6, clamp_len=4, **kw),
     "xl without memory": lambda **kw: TransformerXL(**SMALL, mem_len=0, **kw),
+    "compressive": lambda **kw: CompressiveTransformer(**SMALL, **COMPRESSED, **kw),
+    "compressive mean": lambda **kw: CompressiveTransformer(
+        **SMALL, **COMPRESSED, compression="mean", loss=None, **kw
+    ),
 }
 
 
@@ -44,7 +50,7 @@ def read(model, text, segment_len):
 
 def test_protocol(model):
     logits, memory, *aux = model(tokens(3, 8))
-    assert logits.shape == (3, 8, 11) and aux == []
+    assert logits.shape == (3, 8, 11) and all(loss.shape == () for loss in aux)
     logits, memory, *aux = model(tokens(3, 8, seed=2), memory)
     assert logits.shape == (3, 8, 11)
 
@@ -71,6 +77,7 @@ def test_every_parameter_learns_and_none_stops(model):
         text = tokens(4, 9, seed=step)
         logits, memory, *aux = model(text[:, :-1], memory)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+        loss = sum(aux, loss)
         optimizer.zero_grad()
         loss.backward()
         for name, parameter in model.named_parameters():
@@ -94,7 +101,7 @@ def test_dropout_is_silent_in_evaluation():
         assert torch.equal(model(text)[0], model(text)[0])
 
 
-@pytest.mark.parametrize("cls", [VanillaTransformer, TransformerXL])
+@pytest.mark.parametrize("cls", [VanillaTransformer, TransformerXL, CompressiveTransformer])
 def test_head_sizes_that_do_not_fit_are_refused(cls):
     with pytest.raises(ValueError, match="multiple of 2 [*] n_heads = 8"):
         cls(vocab_size=11, d_model=20, n_heads=4)
@@ -107,8 +114,8 @@ def test_vanilla_refuses_windows_longer_than_max_len():
 
 def test_bfloat16_gives_finite_numbers(model):
     model = model.to(torch.bfloat16).train()
-    _, memory = model(tokens(2, 8))
-    logits, _ = model(tokens(2, 8, seed=2), memory)
-    logits.float().logsumexp(-1).sum().backward()
+    _, memory, *_ = model(tokens(2, 8))
+    logits, _, *aux = model(tokens(2, 8, seed=2), memory)
+    sum(aux, logits.float().logsumexp(-1).sum()).backward()
     assert logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,219 @@
+"""Compressive Transformer: what is too old to keep is kept in fewer states.
+
+Rae et al., "Compressive Transformers for Long-Range Sequence Modelling", ICLR 2020
+(arXiv 1911.05507). Transformer-XL with a second, coarser memory behind the first: states that
+leave the memory are compressed, c into one, and stay for c times as long.
+
+Letters in the shape comments: B batch, T tokens in the segment, M states in memory, C in
+compressed memory, K = C + M + T keys, O old states that leave the memory, c compression rate.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from memtx_minimal.transformer_xl import Layer, attention_mask, distances, sinusoid
+
+
+class MaxPooling(nn.Module):
+    """Of c old states, the largest value in each dimension."""
+
+    def __init__(self, d_model, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, old, usage=None):
+        """(B, O, d_model) -> (B, O / c, d_model); so for all compression functions."""
+        return old.unflatten(1, (-1, self.rate)).amax(dim=2)
+
+
+class MeanPooling(MaxPooling):
+    """Of c old states, the mean."""
+
+    def forward(self, old, usage=None):
+        return old.unflatten(1, (-1, self.rate)).mean(dim=2)
+
+
+class Convolution(nn.Module):
+    """A convolution with kernel and stride c: one matrix for c old states side by side."""
+
+    def __init__(self, d_model, rate):
+        super().__init__()
+        self.rate, self.kernel = rate, nn.Linear(rate * d_model, d_model)
+
+    def forward(self, old, usage=None):
+        return self.kernel(old.unflatten(1, (-1, self.rate)).flatten(2))
+
+
+class DilatedConvolution(Convolution):
+    """The same, after two convolutions with gaps let each old state see its neighbours."""
+
+    def __init__(self, d_model, rate):
+        super().__init__(d_model, rate)
+        self.near = nn.Conv1d(d_model, d_model, 3, dilation=1, padding="same")
+        self.far = nn.Conv1d(d_model, d_model, 3, dilation=2, padding="same")
+
+    def forward(self, old, usage=None):
+        wide = self.far(self.near(old.mT).relu()).relu().mT  # (B, O, d_model)
+        return super().forward(old + wide)
+
+
+class MostUsed(MaxPooling):
+    """The O / c old states that got the most attention, usage (B, O), in their order."""
+
+    def forward(self, old, usage):
+        n = old.size(1) // self.rate
+        kept = usage.topk(n, dim=1).indices.sort(dim=1).values  # (B, O / c)
+        return old.take_along_dim(kept[:, :, None], dim=1)
+
+
+class Decoder(nn.Module):
+    """The g of the auto-encoding loss: each compressed state back into c states."""
+
+    def __init__(self, d_model, rate):
+        super().__init__()
+        self.rate, self.kernel = rate, nn.Linear(d_model, rate * d_model)
+
+    def forward(self, new):
+        """(B, O / c, d_model) -> (B, O, d_model)."""
+        return self.kernel(new).unflatten(-1, (self.rate, -1)).flatten(1, 2)
+
+
+def content_attention(layer, h, states):
+    """What h (B, T, d_model) reads from states (B, S, d_model) in a layer, by content alone.
+
+    softmax((h Q)(states K)^T)(states V), without a term of position. The gradient reaches
+    `states` alone: h and the layer stand still. Returns (B, H, T, d_head) and the weights
+    (B, H, T, S). Section 3.2.
+    """
+    norm, attention = layer.norm_attention, layer.attention
+    W_q, W_kv = attention.query.weight.detach(), attention.key_value.weight.detach()
+    gain, bias = norm.weight.detach(), norm.bias.detach()
+    h, states = (F.layer_norm(x, gain.shape, gain, bias) for x in (h.detach(), states))
+    q = attention.heads(F.linear(h, W_q))  # (B, H, T, d_head)
+    k, values = map(attention.heads, F.linear(states, W_kv).chunk(2, dim=-1))
+    weights = (q.size(-1) ** -0.5 * q @ k.mT).softmax(dim=-1)  # (B, H, T, S)
+    return weights @ values, weights
+
+
+def attention_reconstruction(layer, h, old, new):
+    """How differently h reads the new compressed states and the old ones. Section 3.2."""
+    before, after = (content_attention(layer, h, states)[0] for states in (old, new))
+    return (before - after).square().mean()
+
+
+COMPRESSIONS = {
+    "max": MaxPooling, "mean": MeanPooling, "conv": Convolution,
+    "dilated": DilatedConvolution, "most-used": MostUsed,
+}  # fmt: skip
+LOSSES = ("attention", "auto-encoding", "bptt")
+
+
+def check(mem_len, compressed_len, rate, compression, loss):
+    """Refuse what cannot work, and say what would."""
+    for name, value, valid in [
+        ("compression", compression, COMPRESSIONS), ("loss", loss, (*LOSSES, None))
+    ]:  # fmt: skip
+        if value not in valid:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, valid))}")
+    if rate < 1 or compressed_len < 0:
+        raise ValueError(f"compression_rate={rate} is not >= 1, or {compressed_len=} not >= 0")
+    if mem_len < 1 or mem_len % rate:
+        nearest = sorted({max(1, mem_len // rate) * rate, (mem_len // rate + 1) * rate})
+        raise ValueError(
+            f"{mem_len=} is not a multiple of compression_rate={rate}: "
+            f"use {' or '.join(map(str, nearest))}"
+        )
+
+
+class Memory(nn.Module):
+    """Memory and compressed memory of one layer, and how one goes over into the other."""
+
+    def __init__(self, d_model, mem_len, compressed_len, rate, compression, loss):
+        super().__init__()
+        self.mem_len, self.compressed_len, self.rate = mem_len, compressed_len, rate
+        self.loss, self.compress = loss, COMPRESSIONS[compression](d_model, rate)
+        if loss == "auto-encoding":
+            self.decode = Decoder(d_model, rate)
+
+    def forward(self, layer, h, compressed, recent):
+        """h (B, T, d_model) enters compressed (B, C, d_model), recent (B, M, d_model); + loss."""
+        recent = torch.cat([recent, h.detach()], dim=1)  # (B, M + T, d_model)
+        n_old = self.rate * -(min(0, self.mem_len - recent.size(1)) // self.rate)  # rounded up
+        if n_old == 0:
+            return compressed, recent, h.new_zeros(())
+        old, recent = recent[:, :n_old], recent[:, n_old:]
+        usage = None
+        if isinstance(self.compress, MostUsed):
+            usage = content_attention(layer, h, old)[1].mean(dim=(1, 2))  # (B, O)
+        new = self.compress(old, usage)  # (B, O / c, d_model)
+        loss = h.new_zeros(())
+        if self.loss == "attention":
+            loss = attention_reconstruction(layer, h, old, new)
+        elif self.loss == "auto-encoding":
+            loss = (self.decode(new) - old).square().mean()
+        if self.loss != "bptt":
+            new = new.detach()
+        compressed = torch.cat([compressed, new], dim=1)  # (B, C + O / c, d_model)
+        first = max(0, compressed.size(1) - self.compressed_len)
+        return compressed[:, first:], recent, loss
+
+
+class CompressiveTransformer(nn.Module):
+    """A language model with a memory in each layer, and a compressed memory behind it.
+
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss. Memory,
+    for each layer: detached states (B, C, d_model), C <= compressed_len, and (B, M, d_model),
+    M <= mem_len. A text longer than mem_len is read in pieces of mem_len. Only the losses
+    "attention" and "auto-encoding" come with the logits, as a scalar. "bptt" trains f_c by the
+    logits of later pieces, so pass two or more at a time; None does not train it.
+    """
+
+    def __init__(
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, mem_len=64,
+        compressed_len=64, compression_rate=4, compression="conv", loss="attention", dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        check(mem_len, compressed_len, compression_rate, compression, loss)
+        self.mem_len, self.loss = mem_len, loss
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
+        sizes = d_model, mem_len, compressed_len, compression_rate, compression, loss
+        self.memories = nn.ModuleList(Memory(*sizes) for _ in range(n_layers))
+        self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
+
+    def clip_groups(self):
+        """The parameters of the language model, and those that compress: clipped apart."""
+        named = list(self.named_parameters())
+        ours = [p for name, p in named if name.startswith("memories.")]
+        return [[p for name, p in named if not name.startswith("memories.")], ours]
+
+    def read(self, tokens, memory):
+        """A piece of at most mem_len tokens -> states (B, T, d_model), memory, loss."""
+        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
+        memory = memory or [(x[:, :0], x[:, :0])] * len(self.layers)  # nothing yet
+        n_remembered = sum(part.size(1) for part in memory[0])  # C + M
+        mask = attention_mask(distances(x.size(1), n_remembered, x.device))  # (T, K)
+        columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
+        R = self.dropout(sinusoid(columns, x.size(-1)).to(x.dtype))  # (K + 1, d_model)
+        updated, losses = [], []
+        for layer, remember, (compressed, recent) in zip(self.layers, self.memories, memory):
+            context = torch.cat([compressed, recent, x], dim=1)  # (B, K, d_model)
+            *parts, loss = remember(layer, x, compressed, recent)
+            updated.append(parts), losses.append(loss)
+            x = layer(context, R, mask)
+        return x, updated, sum(losses)
+
+    def forward(self, tokens, memory=None):
+        if memory and len(memory[0][0]) != len(tokens):
+            raise ValueError(f"memory of {len(memory[0][0])} streams, tokens of {len(tokens)}")
+        states, losses = [], []
+        for piece in tokens.split(self.mem_len, dim=1):
+            x, memory, loss = self.read(piece, memory)
+            states.append(x), losses.append(loss)
+        logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
+        memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
+        own = self.loss in ("attention", "auto-encoding")
+        return (logits, memory, sum(losses)) if own else (logits, memory)
