@@ -2,7 +2,7 @@
 
 source                                      copy
 NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
-memtx_minimal/name.py                       the cells tagged `from-module`, one for each class or function
+memtx_minimal/name.py                       the cells tagged `from-module`, one for each class, function or constant
 project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
                                             README.md, and a line each of CITATION.cff and book/_config.yml
 """
@@ -69,7 +69,7 @@ LINES = {"CITATION.cff": r"(?m)^(repository-code: ).*$", "book/_config.yml": r"(
 
 
 def definitions(path):
-    """The top-level classes and functions of a file, with their decorators: {name: source}, in the file's order."""
+    """The top-level classes, functions (with their decorators) and constants of a file: {name: source}, in the file's order."""
     text = path.read_text()
     lines = text.splitlines()
     found = {}
@@ -77,6 +77,8 @@ def definitions(path):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign):
+            found[node.targets[0].id] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
     return found
 
 
@@ -120,7 +122,7 @@ def sync_module(nb, name, module):
     """Refresh the cells that mirror the module; returns what drifted and what an author has to mend."""
     drift, broken, wanted, seen = [], [], definitions(module), []
     for number, cell in tagged(nb, "from-module"):
-        names = re.findall(r"^(?:class|(?:async )?def) +(\w+)", cell.source, re.M)
+        names = re.findall(r"^(?:class +|(?:async )?def +)?(\w+)(?=[(:]| = )", cell.source, re.M)
         if len(names) != 1:
             broken.append(f"{name}, cell {number}: tagged from-module, holds {len(names)} definitions instead of one")
         elif names[0] not in wanted:

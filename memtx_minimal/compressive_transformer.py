@@ -22,7 +22,7 @@ class MaxPooling(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, old, usage=None):
+    def forward(self, old, used=None):
         """(B, O, d_model) -> (B, O / c, d_model); so for all compression functions."""
         return old.unflatten(1, (-1, self.rate)).amax(dim=2)
 
@@ -30,7 +30,7 @@ class MaxPooling(nn.Module):
 class MeanPooling(MaxPooling):
     """Of c old states, the mean."""
 
-    def forward(self, old, usage=None):
+    def forward(self, old, used=None):
         return old.unflatten(1, (-1, self.rate)).mean(dim=2)
 
 
@@ -41,7 +41,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.rate, self.kernel = rate, nn.Linear(rate * d_model, d_model)
 
-    def forward(self, old, usage=None):
+    def forward(self, old, used=None):
         return self.kernel(old.unflatten(1, (-1, self.rate)).flatten(2))
 
 
@@ -53,69 +53,65 @@ class DilatedConvolution(Convolution):
         self.near = nn.Conv1d(d_model, d_model, 3, dilation=1, padding="same")
         self.far = nn.Conv1d(d_model, d_model, 3, dilation=2, padding="same")
 
-    def forward(self, old, usage=None):
+    def forward(self, old, used=None):
         wide = self.far(self.near(old.mT).relu()).relu().mT  # (B, O, d_model)
         return super().forward(old + wide)
 
 
 class MostUsed(MaxPooling):
-    """The O / c old states that got the most attention, usage (B, O), in their order."""
+    """The O / c old states that got the most attention, used (B, O), in their order."""
 
-    def forward(self, old, usage):
+    def forward(self, old, used):
         n = old.size(1) // self.rate
-        kept = usage.topk(n, dim=1).indices.sort(dim=1).values  # (B, O / c)
+        kept = used.topk(n, dim=1).indices.sort(dim=1).values  # (B, O / c)
         return old.take_along_dim(kept[:, :, None], dim=1)
 
 
-class Decoder(nn.Module):
-    """The g of the auto-encoding loss: each compressed state back into c states."""
+def by_content(layer, h, states):
+    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model), as a layer has them.
 
-    def __init__(self, d_model, rate):
-        super().__init__()
-        self.rate, self.kernel = rate, nn.Linear(d_model, rate * d_model)
-
-    def forward(self, new):
-        """(B, O / c, d_model) -> (B, O, d_model)."""
-        return self.kernel(new).unflatten(-1, (self.rate, -1)).flatten(1, 2)
-
-
-def content_attention(layer, h, states):
-    """What h (B, T, d_model) reads from states (B, S, d_model) in a layer, by content alone.
-
-    softmax((h Q)(states K)^T)(states V), without a term of position. The gradient reaches
-    `states` alone: h and the layer stand still. Returns (B, H, T, d_head) and the weights
-    (B, H, T, S). Section 3.2.
+    Everything stands still but `states`: no gradient reaches h or the layer. Section 3.2.
     """
     norm, attention = layer.norm_attention, layer.attention
     W_q, W_kv = attention.query.weight.detach(), attention.key_value.weight.detach()
     gain, bias = norm.weight.detach(), norm.bias.detach()
     h, states = (F.layer_norm(x, gain.shape, gain, bias) for x in (h.detach(), states))
-    q = attention.heads(F.linear(h, W_q))  # (B, H, T, d_head)
-    k, values = map(attention.heads, F.linear(states, W_kv).chunk(2, dim=-1))
-    weights = (q.size(-1) ** -0.5 * q @ k.mT).softmax(dim=-1)  # (B, H, T, S)
-    return weights @ values, weights
+    k, values = F.linear(states, W_kv).chunk(2, dim=-1)  # (B, S, d_model)
+    return [attention.heads(x) for x in (F.linear(h, W_q), k, values)]  # (B, H, T or S, d_head)
 
 
 def attention_reconstruction(layer, h, old, new):
-    """How differently h reads the new compressed states and the old ones. Section 3.2."""
-    before, after = (content_attention(layer, h, states)[0] for states in (old, new))
+    """How differently h reads old and new states: softmax((h Q)(m K)^T)(m V), no positions."""
+    before = F.scaled_dot_product_attention(*by_content(layer, h, old))  # (B, H, T, d_head)
+    after = F.scaled_dot_product_attention(*by_content(layer, h, new))
     return (before - after).square().mean()
+
+
+def auto_encoding(decode, old, new):
+    """How far the old states are from what g, d_model -> c * d_model, makes of the new ones."""
+    return (decode(new).reshape(old.shape) - old).square().mean()
+
+
+def usage(layer, h, old):
+    """The average attention that each old state gets from h, (B, O)."""
+    q, k, _ = (x.flatten(0, 1) for x in by_content(layer, h, old))  # (B * H, T or O, d_head)
+    weights = (q.size(-1) ** -0.5 * q @ k.mT).softmax(dim=-1)  # (B * H, T, O)
+    return weights.unflatten(0, (len(h), -1)).mean(dim=(1, 2))
 
 
 COMPRESSIONS = {
     "max": MaxPooling, "mean": MeanPooling, "conv": Convolution,
     "dilated": DilatedConvolution, "most-used": MostUsed,
 }  # fmt: skip
-LOSSES = ("attention", "auto-encoding", "bptt")
 
 
 def check(mem_len, compressed_len, rate, compression, loss):
     """Refuse what cannot work, and say what would."""
-    for name, value, valid in [
-        ("compression", compression, COMPRESSIONS), ("loss", loss, (*LOSSES, None))
-    ]:  # fmt: skip
-        if value not in valid:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, valid))}")
+    losses = ("attention", "auto-encoding", "bptt", None)
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"{compression=} is not one of {', '.join(map(repr, COMPRESSIONS))}")
+    if loss not in losses:
+        raise ValueError(f"{loss=} is not one of {', '.join(map(repr, losses))}")
     if rate < 1 or compressed_len < 0:
         raise ValueError(f"compression_rate={rate} is not >= 1, or {compressed_len=} not >= 0")
     if mem_len < 1 or mem_len % rate:
@@ -134,7 +130,7 @@ class Memory(nn.Module):
         self.mem_len, self.compressed_len, self.rate = mem_len, compressed_len, rate
         self.loss, self.compress = loss, COMPRESSIONS[compression](d_model, rate)
         if loss == "auto-encoding":
-            self.decode = Decoder(d_model, rate)
+            self.decode = nn.Linear(d_model, rate * d_model)  # g
 
     def forward(self, layer, h, compressed, recent):
         """h (B, T, d_model) enters compressed (B, C, d_model), recent (B, M, d_model); + loss."""
@@ -143,15 +139,13 @@ class Memory(nn.Module):
         if n_old == 0:
             return compressed, recent, h.new_zeros(())
         old, recent = recent[:, :n_old], recent[:, n_old:]
-        usage = None
-        if isinstance(self.compress, MostUsed):
-            usage = content_attention(layer, h, old)[1].mean(dim=(1, 2))  # (B, O)
-        new = self.compress(old, usage)  # (B, O / c, d_model)
+        used = usage(layer, h, old) if isinstance(self.compress, MostUsed) else None
+        new = self.compress(old, used)  # (B, O / c, d_model)
         loss = h.new_zeros(())
-        if self.loss == "attention":
+        if self.training and self.loss == "attention":
             loss = attention_reconstruction(layer, h, old, new)
-        elif self.loss == "auto-encoding":
-            loss = (self.decode(new) - old).square().mean()
+        elif self.training and self.loss == "auto-encoding":
+            loss = auto_encoding(self.decode, old, new)
         if self.loss != "bptt":
             new = new.detach()
         compressed = torch.cat([compressed, new], dim=1)  # (B, C + O / c, d_model)
@@ -164,9 +158,9 @@ class CompressiveTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss. Memory,
     for each layer: detached states (B, C, d_model), C <= compressed_len, and (B, M, d_model),
-    M <= mem_len. A text longer than mem_len is read in pieces of mem_len. Only the losses
-    "attention" and "auto-encoding" come with the logits, as a scalar. "bptt" trains f_c by the
-    logits of later pieces, so pass two or more at a time; None does not train it.
+    M <= mem_len. A text longer than mem_len is read in pieces of mem_len. The compression loss,
+    a scalar, comes in training mode and for "attention" and "auto-encoding". "bptt" trains f_c
+    by the logits of later pieces, so pass two or more at a time; None does not train it.
     """
 
     def __init__(
@@ -215,5 +209,5 @@ class CompressiveTransformer(nn.Module):
             states.append(x), losses.append(loss)
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
         memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
-        own = self.loss in ("attention", "auto-encoding")
+        own = self.training and self.loss in ("attention", "auto-encoding")
         return (logits, memory, sum(losses)) if own else (logits, memory)

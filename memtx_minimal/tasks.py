@@ -13,7 +13,7 @@ RECALL_VOCAB = NOISE + KEYS * VALUES + KEYS  # 44 tokens
 def recall(batch_size, segment_len, seed=0, device=None):
     """Endless lanes in which values are given to keys and asked for later; chance is 1 / 8.
 
-    Of the tokens 6 % say "this key has now this value" (one token a pair), 15 % ask for a key, and the rest
+    Of the tokens 6 % say "this key has now this value" (one token a pair), 40 % ask for a key, and the rest
     is noise. The target of a question is the latest value of its key, 0 ... 7; all other targets, and questions
     before the first answer, are -100. Yields (tokens, targets, at_start, age), (B, T) each but at_start: age is
     how many tokens ago the answer stood, 0 where there is no target.
@@ -26,7 +26,7 @@ def recall(batch_size, segment_len, seed=0, device=None):
         key, value, noise = (
             torch.randint(n, (batch_size, segment_len), generator=dice) for n in (KEYS, VALUES, NOISE)
         )
-        says, asks = kind < 0.06, kind > 0.85
+        says, asks = kind < 0.06, kind > 0.6
         tokens = torch.where(says, NOISE + key * VALUES + value, noise)
         tokens = torch.where(asks, NOISE + KEYS * VALUES + key, tokens)
         targets, ages = torch.full_like(tokens, -100), torch.zeros_like(tokens)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from memtx_minimal import compressive_transformer as module
 from memtx_minimal.compressive_transformer import (
     COMPRESSIONS,
-    LOSSES,
     CompressiveTransformer,
     attention_reconstruction,
-    content_attention,
+    by_content,
+    usage,
 )
 from memtx_minimal.measure import nbytes, record_attention
 from memtx_minimal.transformer_xl import TransformerXL
@@ -74,7 +74,9 @@ def test_usage_is_the_attention_of_the_segment_by_content():
     model = make(compression="most-used", loss=None, mem_len=4, compression_rate=4)
     layer, remember = model.layers[0], model.memories[0]
     h, recent = states(1, 4, 16), states(1, 4, 16, seed=4)
-    weights = content_attention(layer, h, recent)[1].mean(dim=(0, 1, 2))  # (M,)
+    q, k, _ = by_content(layer, h, recent)
+    weights = (q @ k.mT / 8**0.5).softmax(dim=-1).mean(dim=(1, 2))  # (1, M)
+    torch.testing.assert_close(usage(layer, h, recent), weights)
     compressed, _, _ = remember(layer, h, h[:, :0], recent)
     torch.testing.assert_close(compressed[0, 0], recent[0, weights.argmax()])
 
@@ -111,7 +113,7 @@ def test_the_latest_compressed_states_are_kept():
 def test_memories_grow_to_their_size_and_stay_there(segment_len):
     model, memory = make(), None
     for _ in range(30):
-        _, memory, _ = model(tokens(2, segment_len), memory)
+        _, memory = model(tokens(2, segment_len), memory)
         for compressed, recent in memory:
             assert compressed.size(1) <= 3 and 1 <= recent.size(1) <= 4
             assert nbytes([compressed, recent]) == (compressed.numel() + recent.numel()) * 8
@@ -132,7 +134,7 @@ def test_rate_one_is_transformer_xl_with_the_longer_memory(segment_len, compress
 
 
 def test_long_texts_are_read_in_pieces_of_mem_len():
-    for loss in (*LOSSES, None):
+    for loss in ("attention", "auto-encoding", "bptt", None):
         model, text = make(loss=loss), tokens(2, 16)
         at_once, segments = read(model, text, 16), read(model, text, 4)
         torch.testing.assert_close(at_once, segments)
@@ -274,7 +276,7 @@ def test_only_what_leaves_the_memory_is_reconstructed(monkeypatch):
         module, "attention_reconstruction",
         lambda layer, h, old, new: seen.append((old, new)) or new.sum(),
     )  # fmt: skip
-    model, text = make(n_layers=1, mem_len=8), tokens(2, 20)
+    model, text = make(n_layers=1, mem_len=8).train(), tokens(2, 20)
     read(model, text, 4)
     embedded = model.embedding(text)
     assert len(seen) == 3
@@ -284,12 +286,19 @@ def test_only_what_leaves_the_memory_is_reconstructed(monkeypatch):
 
 
 def test_the_loss_is_the_sum_over_layers_and_pieces():
-    model, text = make(), tokens(2, 12)
+    model, text = make().train(), tokens(2, 12)
     _, memory, first = model(text[:, :4])
     _, memory, second = model(text[:, 4:8], memory)
     _, _, third = model(text[:, 8:], memory)
     assert first == 0 and second > 0
     torch.testing.assert_close(model(text)[2], second + third)
+
+
+def test_the_compression_loss_comes_in_training_only():
+    for loss, n_losses in [("attention", 1), ("auto-encoding", 1), ("bptt", 0), (None, 0)]:
+        model = make(loss=loss)
+        assert len(model(tokens(2, 12))) == 2
+        assert len(model.train()(tokens(2, 12))) == 2 + n_losses
 
 
 # ------------------------------------------------------------------ what is refused
@@ -309,6 +318,6 @@ def test_invalid_arguments_are_refused_early():
     with pytest.raises(ValueError, match="compressed_len=-1 not >= 0"):
         make(compressed_len=-1)
     model = make()
-    _, memory, _ = model(tokens(2, 4))
+    _, memory = model(tokens(2, 4))
     with pytest.raises(ValueError, match="memory of 2 streams.*3"):
         model(tokens(3, 4), memory)

@@ -104,7 +104,7 @@ def test_cells_that_an_author_must_mend(tree, change, message):
     assert not drift and len(broken) == 1 and message in broken[0]
 
 
-@pytest.mark.parametrize("source, message", [("x = 1", "0 definitions"), ("def other(): ...", "defines no other")])
+@pytest.mark.parametrize("source, message", [("1 + 1", "0 definitions"), ("def other(): ...", "defines no other"), ("X = 1", "defines no X")])
 def test_a_tagged_cell_without_its_definition(tree, source, message):
     edit_cells(tree, lambda cells: [*cells, nbformat.v4.new_code_cell(source, metadata={"tags": ["from-module"]})])
     assert message in sync.sync(tree, check=True)[1][0]

@@ -16,7 +16,7 @@ BATCH = 16
 STEP = "a training step (forward, backward, AdamW; no clipping), d_model 128, 4 heads, 4 layers, d_ff 512, T 64, batch 16, float32, in microseconds per token"
 
 
-def training(name, model, batch_first=True, steps=10, batch_size=BATCH, T=T):
+def training(name, model, batch_first=True, steps=10, batch_size=BATCH, T=T, warmup=6):
     """One side: microseconds per token of a training step, auxiliary losses included, in all and by phase, over the given number of steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     stream = torch.randint(VOCAB, (steps, batch_size, T + 1), generator=torch.Generator().manual_seed(0))
@@ -42,7 +42,7 @@ def training(name, model, batch_first=True, steps=10, batch_size=BATCH, T=T):
         forward, backward, update = (sum(map(step, stream)) / (steps * batch_size * T) * 1e6).tolist()
         return {name: forward + backward + update, f"{name} forward": forward, f"{name} backward": backward, f"{name} AdamW": update}
 
-    for segment in stream[:3]:  # warm up, and fill the memory
+    for segment in stream[:warmup]:  # and fill the memory
         step(segment)
     return work
 
