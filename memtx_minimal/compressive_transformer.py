@@ -8,6 +8,8 @@ Letters in the shape comments: B batch, T tokens in the segment, M states in mem
 compressed memory, K = C + M + T keys, O old states that leave the memory, c compression rate.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -135,7 +137,8 @@ class Memory(nn.Module):
     def forward(self, layer, h, compressed, recent):
         """h (B, T, d_model) enters compressed (B, C, d_model), recent (B, M, d_model); + loss."""
         recent = torch.cat([recent, h.detach()], dim=1)  # (B, M + T, d_model)
-        n_old = self.rate * -(min(0, self.mem_len - recent.size(1)) // self.rate)  # rounded up
+        excess = max(0, recent.size(1) - self.mem_len)
+        n_old = math.ceil(excess / self.rate) * self.rate  # whole groups leave
         if n_old == 0:
             return compressed, recent, h.new_zeros(())
         old, recent = recent[:, :n_old], recent[:, n_old:]

@@ -40,3 +40,17 @@ def recall(batch_size, segment_len, seed=0, device=None):
             ages[known, t] = since[rows, k][known]
         yield tokens.to(device), targets.to(device), at_start, ages
         at_start = False
+
+
+def recall_text(tokens):
+    """Tokens (T,) of the recall task as words: `b=5` sets a key, `b?` asks for it, `-` is noise."""
+    words = []
+    for token in tokens.tolist():
+        pair = token - NOISE
+        if pair < 0:
+            words.append("-")
+        elif pair < KEYS * VALUES:
+            words.append(f"{'abcd'[pair // VALUES]}={pair % VALUES}")
+        else:
+            words.append(f"{'abcd'[pair - KEYS * VALUES]}?")
+    return words

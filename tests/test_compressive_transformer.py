@@ -38,8 +38,8 @@ def states(*shape, seed=3):
 @pytest.mark.parametrize("name", COMPRESSIONS)
 @pytest.mark.parametrize("rate", [1, 2, 3])
 def test_every_function_makes_one_state_of_c(name, rate):
-    old, usage = states(2, 6 * rate, 8), states(2, 6 * rate)
-    assert COMPRESSIONS[name](8, rate).double()(old, usage).shape == (2, 6, 8)
+    old, used = states(2, 6 * rate, 8), states(2, 6 * rate)
+    assert COMPRESSIONS[name](8, rate).double()(old, used).shape == (2, 6, 8)
 
 
 def test_pooling_takes_groups_of_neighbours():
@@ -65,8 +65,8 @@ def test_dilated_convolution_sees_past_its_group_and_no_farther_than_its_gaps():
 
 def test_most_used_keeps_the_most_used_in_their_order():
     old = torch.arange(6.0)[None, :, None]  # (1, 6, 1)
-    usage = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.05, 0.7]])
-    assert COMPRESSIONS["most-used"](1, 2)(old, usage).flatten().tolist() == [1, 3, 5]
+    used = torch.tensor([[0.1, 0.7, 0.2, 0.9, 0.05, 0.8]])
+    assert COMPRESSIONS["most-used"](1, 2)(old, used).flatten().tolist() == [1, 3, 5]
 
 
 def test_usage_is_the_attention_of_the_segment_by_content():
@@ -267,6 +267,13 @@ def test_attention_reconstruction_follows_the_paper():
     expected = torch.stack(errors).mean()
     torch.testing.assert_close(attention_reconstruction(layer, h, old, new), expected)
     assert attention_reconstruction(layer, h, old, old) == 0
+
+
+def test_auto_encoding_compares_each_old_state_with_its_own_decoding():
+    old, new = states(2, 6, 4), states(2, 2, 4, seed=4)
+    scaled = module.auto_encoding(lambda x: torch.cat([x, 2 * x, 3 * x], dim=-1), old, new)
+    decoded = torch.stack([new, 2 * new, 3 * new], dim=2).flatten(1, 2)  # (B, O, d_model)
+    torch.testing.assert_close(scaled, F.mse_loss(decoded, old))
 
 
 def test_only_what_leaves_the_memory_is_reconstructed(monkeypatch):
