@@ -715,16 +715,16 @@ print(corpus.vocab.decode(text[64:]))
 
 # %%
 def compressed_recall(rate, compression="mean", loss=None):
-    """Accuracy by age of a Compressive Transformer with 16 + 16 slots, trained on the recall task."""
+    """A Compressive Transformer with 16 + 16 slots, trained on the recall task."""
     torch.manual_seed(SEED)
     slots = dict(mem_len=16, compressed_len=16, compression_rate=rate)
-    model = CompressiveTransformer(**RECALL, **slots, compression=compression, loss=loss)
-    return accuracy_by_age(learn_recall(model))
+    return learn_recall(CompressiveTransformer(**RECALL, **slots, compression=compression, loss=loss))
 
 
-recall["conv, attention, c = 4"] = compressed_recall(4, "conv", "attention")
+recallers = {"conv, attention, c = 4": compressed_recall(4, "conv", "attention")}
 for rate in (2, 4, 8):
-    recall[f"mean, c = {rate}"] = compressed_recall(rate)
+    recallers[f"mean, c = {rate}"] = compressed_recall(rate)
+recall |= {name: accuracy_by_age(model) for name, model in recallers.items()}
 
 # %%
 figure, axes = plt.subplots(figsize=(6.4, 4.2))
@@ -746,11 +746,21 @@ bucket = AGES.index(2 * reach + 1) - 1  # the ages up to twice that
 print(f"ages {AGES[bucket]} to {AGES[bucket + 1] - 1}, in multiples of chance:")
 for name, values in recall.items():
     print(f"{name:23}{values[bucket] / chance:.1f}")
-assert recall["mean, c = 8"][bucket] > 3 * chance
-assert recall["Transformer-XL"][bucket] < 1.4 * chance
+xl_recall, mean_4, mean_8 = (recall[name] for name in ("Transformer-XL", "mean, c = 4", "mean, c = 8"))
+assert xl_recall[bucket] < 1.4 * chance and mean_8[bucket] > 3 * chance  # twice the reach
+assert mean_4[4] > xl_recall[4] + 0.2 and recall["conv, attention, c = 4"][4] > xl_recall[4] + 0.2  # ages 65 to 80
+assert xl_recall[1] > mean_8[2:8].mean() + 0.1  # the price: detail
 
 # %% [markdown]
-# TODO prose on recall.
+# What came out is what the pipeline promises. The edge moves out with the rate, and each curve ends about where its
+# compressed memory ends. At twice the reach of Transformer-XL, rate 8 still answers most questions with the
+# same 32 slots. You also see the price. Inside its memory, Transformer-XL is nearly perfect; a state that is one of
+# four or eight in a mean is read with mistakes. Coarser, but further: that is the trade.
+#
+# The learned convolution does worse here than the plain mean. That is not the order of the paper, where the
+# convolution with attention reconstruction is best. On this stream every token is worth the same until
+# it is asked for, so there is little to learn about what to keep, and the convolution has first to learn what the mean
+# does from the start.
 #
 # ### Where it looks: the attention-bucket figure
 #
@@ -761,45 +771,71 @@ assert recall["Transformer-XL"][bucket] < 1.4 * chance
 
 # %%
 @torch.inference_mode()
-def attention_by_bucket(model, n_segments=30, n_buckets=18):
+def attention_by_bucket(model, segments, n_buckets, full=10):
     """Mean attention mass in each bucket of neighbouring slots, for each layer, (L, n_buckets)."""
-    memory, total, full = None, 0, 6
-    segments = corpora.lanes(corpus.valid.to(device), 32, T)
-    for n, (tokens, _) in zip(range(full + n_segments), segments):
+    memory, total, n_counted = None, 0, 0
+    for n, (tokens, *_) in enumerate(segments):
         with measure.record_attention(model) as weights:
-            _, memory = model(tokens, memory)
+            _, memory = model(tokens.to(device), memory)
         if n >= full:  # both memories hold all that they can
             total += torch.stack([w.mean(dim=(0, 1, 2)) for w in weights]).cpu()  # (L, K)
-    return (total / n_segments).unflatten(1, (n_buckets, -1)).sum(dim=2)
+            n_counted += 1
+    return (total / n_counted).unflatten(1, (n_buckets, -1)).sum(dim=2)
 
 
-buckets = attention_by_bucket(compressive)
-assert torch.allclose(buckets.sum(dim=1), torch.ones(len(buckets)), atol=1e-4)  # all attention is accounted for
+text_segments = (pair for _, pair in zip(range(70), corpora.lanes(corpus.valid, 32, T)))
+recall_segments = (batch for _, batch in zip(range(70), tasks.recall(32, 16, SEED + 3)))
+buckets = {
+    f"{corpus.name}, c = 4": attention_by_bucket(compressive, text_segments, 18),
+    "recall task, c = 8": attention_by_bucket(recallers["mean, c = 8"], recall_segments, 12),
+}
+for by_layer in buckets.values():
+    assert torch.allclose(by_layer.sum(dim=1), torch.ones(len(by_layer)), atol=1e-4)  # all attention is there
 
 # %%
-figure, axes = plt.subplots(figsize=(6.4, 3.6))
-mean = buckets.mean(dim=0)
-colors = [figures.PINK] * 6 + [figures.ORANGE] * 6 + [figures.BLUE] * 6
-axes.bar(range(1, 19), mean, color=colors)
-for n, row in enumerate(buckets):
-    axes.plot(range(1, 19), row, "o", color="black", alpha=0.3 + 0.3 * n, markersize=3, label=f"layer {n + 1}")
-axes.set(yscale="log", xlabel="bucket: 1–6 compressed memory, 7–12 memory, 13–18 segment", ylabel="share of attention")
-axes.set_xticks(range(1, 19))
-axes.grid(axis="x", visible=False)
-axes.legend()
-axes.set_title(f"Attention by bucket, mean over layers ({corpus.name})")
+def draw_buckets(axes, by_layer):
+    """Bars: the mean over layers of the attention in each bucket; dots: the layers."""
+    size = by_layer.size(1) // 3
+    places = range(1, 3 * size + 1)
+    colors = [color for color in (figures.PINK, figures.ORANGE, figures.BLUE) for _ in range(size)]
+    axes.bar(places, by_layer.mean(dim=0), color=colors)
+    for n, row in enumerate(by_layer):
+        axes.plot(places, row, "o", color="black", alpha=0.3 + 0.3 * n, markersize=3, label=f"layer {n + 1}")
+    axes.set(yscale="log", ylabel="share of attention", xticks=[1, size, size + 1, 2 * size, 2 * size + 1, 3 * size])
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper left")
+
+
+figure, axes = plt.subplots(2, 1, figsize=(6.4, 6.0))
+for ax, (title, by_layer) in zip(axes, buckets.items()):
+    draw_buckets(ax, by_layer)
+    ax.set_title(f"Attention by bucket ({title})")
+axes[1].set_xlabel("bucket, oldest first: compressed memory, memory, segment")
 figures.show(
     figure,
-    "Bars of mean attention in 18 buckets on a logarithmic scale: compressed memory, memory and segment, oldest "
-    "first. The segment gets most. Dots show the single layers.",
+    "Bars of mean attention by bucket on a logarithmic scale: compressed memory, memory and segment, oldest first, "
+    "for the text above and for the recall task below. Dots show the single layers. On the text the segment gets "
+    "most; on the recall task the compressed memory gets more than the memory.",
 )
-zones = mean.unflatten(0, (3, 6)).sum(dim=1)
-print(f"compressed memory {zones[0]:.3f}, memory {zones[1]:.3f}, segment {zones[2]:.3f}")
-print(f"oldest memory bucket {mean[6]:.4f}, newest compressed bucket {mean[5]:.4f}: {mean[5] / mean[6]:.2f} times")
-assert zones[2] > 0.5
+
+# %%
+zones = {}
+for title, by_layer in buckets.items():
+    mean = by_layer.mean(dim=0)
+    size = len(mean) // 3
+    zones[title] = mean.unflatten(0, (3, size)).sum(dim=1)
+    print(f"{title}: compressed memory {zones[title][0]:.3f}, memory {zones[title][1]:.3f}, segment {zones[title][2]:.3f}")
+    print(f"  newest compressed bucket over oldest memory bucket: {mean[size - 1] / mean[size]:.2f}")
+text_zones, recall_zones = zones.values()
+assert text_zones[2] > 0.5 > text_zones[:2].max()
+assert recall_zones[0] > recall_zones[1]
 
 # %% [markdown]
-# TODO prose on buckets.
+# On Shakespeare the segment gets most of the attention, as in the paper, and what is left is spread over
+# both memories. Look at the border between memory and compressed memory. The paper's increase is there when the ratio above
+# is over 1. On this text it is close to 1: the slots behind the border are hardly more useful to
+# this model than those before it. On the recall task the model lives off the compressed memory, and the increase is
+# plain to see. Attention goes where there is something to find.
 #
 # ### Which compression, which loss?
 #
@@ -878,11 +914,20 @@ figures.show(
     "Two panels with a dot for each of the seven pairs of compression and loss: validation losses lie close together, "
     "reconstruction errors far apart.",
 )
-assert errors["conv", "attention"] < errors["conv", "auto-encoding"]
-assert errors["conv", "attention"] < errors["conv", "bptt"]
+trained = [error for (_, loss), error in errors.items() if loss == "attention"]
+others = [error for (_, loss), error in errors.items() if loss != "attention"]
+assert max(trained) < min(others) - 0.1
+assert errors["conv", "auto-encoding"] > 1 and spread < 0.1
 
 # %% [markdown]
-# TODO prose on grid.
+# **Validation loss.** The paper's rows differ by 2 % after long training. Here they differ by about as much as seeds of
+# one row do, so their order says nothing. This text at this size cannot tell the compressions apart.
+#
+# **Reconstruction.** Here the rows do differ. What is trained by attention reconstruction is best at it, as it must be. The
+# lesson is in the others: an error of 1 means that attention might as well have read zeros, and auto-encoding is
+# beyond that. Its states may hold everything, since $g$ can decode them. But attention does not read through $g$.
+# It reads with the layer's own keys and values, and nothing has told $f_c$ to write in their language. The
+# poolings never leave that language.
 #
 # ### Reconstruction, layer by layer
 #
@@ -897,9 +942,13 @@ figures.bars(
 )
 axes.set_title(f"Error of what attention reads, c = 4 ({corpus.name})")
 figures.show(figure, "Bars of the relative reconstruction error of each of the three layers.")
+print("  ".join(f"layer {n + 1}: {error:.3f}" for n, error in enumerate(by_layer)))
+assert by_layer[0] == by_layer.max()
 
 # %% [markdown]
-# TODO prose.
+# Not so here. Our first layer is the one that loses most: its states are single characters, and four
+# characters do not fit well into the place of one. The paper's first layer reads characters too, but it is
+# one of 24.
 #
 # ### Rare words
 #
@@ -931,9 +980,12 @@ print("seen in training         " + "  ".join(f"{name:>10}" for name in groups))
 for name, row in table.items():
     print(f"{name:15} nats a word " + "  ".join(f"{x:10.3f}" for x in row))
 print("gain (%)                 " + "  ".join(f"{x:10.2f}" for x in gain))
+assert max(map(abs, gain)) < 4
 
 # %% [markdown]
-# TODO prose.
+# The paper's gains grow from 2.6 % for the most frequent words to about 20 % for the rare ones (in perplexity). Here there is no
+# gain to speak of at any frequency, as the equal validation losses foretold. Rare words do cost more, but a
+# memory of a few lines does not hold the place where they stood before.
 #
 # ### Dropping the learning rate
 #
@@ -985,9 +1037,15 @@ print(f"mean training loss of the last 100 steps before the change {sum(common[-
 for label, losses in after.items():
     first, last = sum(losses[:100]) / 100, sum(losses[-100:]) / 100
     print(f"{label:15} first 100 steps after it {first:.3f}, last 100 {last:.3f}")
+ends = {label: sum(losses[-100:]) for label, losses in after.items()}
+assert sum(after["rate / 30"][:100]) < sum(common[-100:])  # no rise
+assert ends["as before"] < ends["update every 4"] < ends["rate / 30"]
 
 # %% [markdown]
-# TODO prose.
+# This does not reproduce here. After the drop the loss does not rise. It falls at once, because the noise of
+# large steps is gone, and then learning is slow. To go on as before is best, and to update less often costs steps.
+# The paper saw its effect in long trainings, at rates where the weights hardly move any more. Seven hundred steps are not
+# that regime, so take this as "not seen", not as "refuted".
 #
 # ### What the memory costs
 #
