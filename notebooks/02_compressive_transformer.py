@@ -149,7 +149,7 @@ for name, row in [("reads", tasks.recall_text(tokens[0])), ("answer", targets[0]
 
 # %%
 RECALL = dict(vocab_size=tasks.RECALL_VOCAB, d_model=64, n_heads=4, n_layers=2, d_ff=256)
-RECALL_STEPS = 800
+RECALL_STEPS = 1000
 
 
 def learn_recall(model):
@@ -753,9 +753,9 @@ assert xl_recall[1] > mean_8[2:8].mean() + 0.1  # the price: detail
 
 # %% [markdown]
 # What came out is what the pipeline promises. The edge moves out with the rate, and each curve ends about where its
-# compressed memory ends. At twice the reach of Transformer-XL, rate 8 still answers most questions with the
-# same 32 slots. You also see the price. Inside its memory, Transformer-XL is nearly perfect; a state that is one of
-# four or eight in a mean is read with mistakes. Coarser, but further: that is the trade.
+# compressed memory ends. At twice the reach of Transformer-XL, rate 8 still answers about half of the questions or more, with the
+# same 32 slots. You also see the price. Inside its memory Transformer-XL makes few mistakes; a state that is one of
+# eight in a mean is read with more. Coarser, but further: that is the trade.
 #
 # The learned convolution does worse here than the plain mean. That is not the order of the paper, where the
 # convolution with attention reconstruction is best. On this stream every token is worth the same until
@@ -815,7 +815,7 @@ figures.show(
     figure,
     "Bars of mean attention by bucket on a logarithmic scale: compressed memory, memory and segment, oldest first, "
     "for the text above and for the recall task below. Dots show the single layers. On the text the segment gets "
-    "most; on the recall task the compressed memory gets more than the memory.",
+    "most; on the recall task the two memories do.",
 )
 
 # %%
@@ -828,14 +828,16 @@ for title, by_layer in buckets.items():
     print(f"  newest compressed bucket over oldest memory bucket: {mean[size - 1] / mean[size]:.2f}")
 text_zones, recall_zones = zones.values()
 assert text_zones[2] > 0.5 > text_zones[:2].max()
-assert recall_zones[0] > recall_zones[1]
+assert recall_zones[0] > text_zones[0] + 0.1 and recall_zones[:2].sum() > 0.6
 
 # %% [markdown]
 # On Shakespeare the segment gets most of the attention, as in the paper, and what is left is spread over
-# both memories. Look at the border between memory and compressed memory. The paper's increase is there when the ratio above
-# is over 1. On this text it is close to 1: the slots behind the border are hardly more useful to
-# this model than those before it. On the recall task the model lives off the compressed memory, and the increase is
-# plain to see. Attention goes where there is something to find.
+# both memories. Look at the border between memory and compressed memory, at buckets 6 and 7. The paper's increase is
+# there where the ratio above is over 1. Ours is so close to 1, with either task, that we do not
+# call it seen.
+#
+# What you do see is that attention goes where there is something to find. On the recall task, where answers lie far back,
+# the model lives off its two memories, and the compressed one gets about as much as the other.
 #
 # ### Which compression, which loss?
 #
@@ -980,12 +982,12 @@ print("seen in training         " + "  ".join(f"{name:>10}" for name in groups))
 for name, row in table.items():
     print(f"{name:15} nats a word " + "  ".join(f"{x:10.3f}" for x in row))
 print("gain (%)                 " + "  ".join(f"{x:10.2f}" for x in gain))
-assert max(map(abs, gain)) < 4
+assert max(map(abs, gain[:4])) < 3
 
 # %% [markdown]
 # The paper's gains grow from 2.6 % for the most frequent words to about 20 % for the rare ones (in perplexity). Here there is no
-# gain to speak of at any frequency, as the equal validation losses foretold. Rare words do cost more, but a
-# memory of a few lines does not hold the place where they stood before.
+# gain to speak of, as the equal validation losses foretold (words never seen in training are few, and their column is
+# mostly noise). Rare words do cost more, but a memory of a few lines does not hold the place where they stood before.
 #
 # ### Dropping the learning rate
 #
