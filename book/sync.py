@@ -2,7 +2,7 @@
 
 source                                      copy
 NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
-memtx_minimal/name.py (see also MODULES)    the cells tagged `from-module`, one for each class, function or constant
+memtx_minimal/name.py (see also MODULES)    the cells tagged `from-module`, one for each class or function; constants stand in other cells
 project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
                                             README.md, and a line each of CITATION.cff and book/_config.yml
 """
@@ -73,7 +73,7 @@ LINES = {"CITATION.cff": r"(?m)^(repository-code: ).*$", "book/_config.yml": r"(
 
 
 def definitions(path):
-    """The top-level classes, functions (with their decorators) and constants of a file: {name: source}, in the file's order."""
+    """The top-level classes and functions of a file, with their decorators: {name: source}, in the file's order."""
     text = path.read_text()
     lines = text.splitlines()
     found = {}
@@ -81,9 +81,14 @@ def definitions(path):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            found[node.targets[0].id] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
     return found
+
+
+def constants(path):
+    """The lines of each assignment at the top level of a file."""
+    text = path.read_text()
+    lines = text.splitlines()
+    return ["\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in ast.parse(text).body if isinstance(n, ast.Assign)]
 
 
 def tagged(nb, tag):
@@ -129,7 +134,7 @@ def sync_modules(nb, name, modules):
     wanted = {d: source for module in modules for d, source in definitions(module).items()}
     files = " and ".join(module.name for module in modules)
     for number, cell in tagged(nb, "from-module"):
-        names = re.findall(r"^(?:class +|(?:async )?def +)?(\w+)(?=[(:]| = )", cell.source, re.M)
+        names = re.findall(r"^(?:class|(?:async )?def) +(\w+)", cell.source, re.M)
         if len(names) != 1:
             broken.append(f"{name}, cell {number}: tagged from-module, holds {len(names)} definitions instead of one")
         elif names[0] not in wanted:
@@ -144,6 +149,9 @@ def sync_modules(nb, name, modules):
     broken += [f"{name}: no cell for {d} of {homes[d].name}" for d in wanted if d not in seen]
     broken += [f"{name}: {d} stands in {seen.count(d)} cells" for d in wanted if seen.count(d) > 1]
     for module in modules:
+        for lines in constants(module):
+            if not any(cell.cell_type == "code" and lines in cell.source for cell in nb.cells):
+                broken.append(f"{name}: no cell has the lines {lines!r} of {module.name}")
         order = [d for d in wanted if homes[d] == module]
         once = [d for d in dict.fromkeys(seen) if d in order]
         if once != [d for d in order if d in once]:

@@ -388,7 +388,7 @@ print(f"{'no change':12} reconstruction loss {attention_reconstruction(layer, h,
 # All compressions by their names, and a check that refuses what cannot work. A memory that is a
 # multiple of `c` makes sure that whole groups leave it.
 
-# %% tags=["from-module"]
+# %%
 COMPRESSIONS = {
     "max": MaxPooling, "mean": MeanPooling, "conv": Convolution,
     "dilated": DilatedConvolution, "most-used": MostUsed,

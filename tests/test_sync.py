@@ -104,10 +104,19 @@ def test_cells_that_an_author_must_mend(tree, change, message):
     assert not drift and len(broken) == 1 and message in broken[0]
 
 
-@pytest.mark.parametrize("source, message", [("1 + 1", "0 definitions"), ("def other(): ...", "defines no other"), ("X = 1", "defines no X")])
+@pytest.mark.parametrize("source, message", [("x = 1", "0 definitions"), ("def other(): ...", "defines no other")])
 def test_a_tagged_cell_without_its_definition(tree, source, message):
     edit_cells(tree, lambda cells: [*cells, nbformat.v4.new_code_cell(source, metadata={"tags": ["from-module"]})])
     assert message in sync.sync(tree, check=True)[1][0]
+
+
+def test_constants_of_the_module_stand_in_some_cell(tree):
+    module = tree / "memtx_minimal/tiny.py"
+    module.write_text(module.read_text() + "\n\nA, B = 1, 2  # what they are\n")
+    assert sync.sync(tree, check=True)[1] == ["01_tiny: no cell has the lines 'A, B = 1, 2  # what they are' of tiny.py"]
+    edit_cells(tree, lambda cells: [*cells, nbformat.v4.new_code_cell("A, B = 1, 2  # what they are\nprint(A)")])
+    sync.sync(tree)
+    assert sync.sync(tree, check=True) == ([], [])
 
 
 def test_a_second_file_of_the_chapter(tree, monkeypatch):
