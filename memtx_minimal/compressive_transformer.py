@@ -156,14 +156,31 @@ class Memory(nn.Module):
         return compressed[:, first:], recent, loss
 
 
+def read_piece(model, tokens, memory):
+    """At most mem_len tokens -> states (B, T, d_model), memory, loss, all with their graphs."""
+    x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
+    memory = memory or [(x[:, :0], x[:, :0])] * len(model.layers)  # nothing yet
+    n_remembered = sum(part.size(1) for part in memory[0])  # C + M
+    mask = attention_mask(distances(x.size(1), n_remembered, x.device))  # (T, K)
+    columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
+    R = model.dropout(sinusoid(columns, x.size(-1)).to(x.dtype))  # (K + 1, d_model)
+    updated, losses = [], []
+    for layer, remember, (compressed, recent) in zip(model.layers, model.memories, memory):
+        context = torch.cat([compressed, recent, x], dim=1)  # (B, K, d_model)
+        *parts, loss = remember(layer, x, compressed, recent)
+        updated.append(parts), losses.append(loss)
+        x = layer(context, R, mask)
+    return x, updated, sum(losses)
+
+
 class CompressiveTransformer(nn.Module):
     """A language model with a memory in each layer, and a compressed memory behind it.
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss. Memory,
     for each layer: detached states (B, C, d_model), C <= compressed_len, and (B, M, d_model),
-    M <= mem_len. A text longer than mem_len is read in pieces of mem_len. The compression loss,
-    a scalar, comes in training mode and for "attention" and "auto-encoding". "bptt" trains f_c
-    by the logits of later pieces, so pass two or more at a time; None does not train it.
+    M <= mem_len. Longer texts are read in pieces of mem_len. The compression loss, a scalar,
+    comes in training mode, with loss="attention" and "auto-encoding". "bptt" trains f_c by the
+    logits of later pieces, so pass two or more at once; None does not train it.
     """
 
     def __init__(
@@ -183,32 +200,16 @@ class CompressiveTransformer(nn.Module):
 
     def clip_groups(self):
         """The parameters of the language model, and those that compress: clipped apart."""
-        named = list(self.named_parameters())
-        ours = [p for name, p in named if name.startswith("memories.")]
-        return [[p for name, p in named if not name.startswith("memories.")], ours]
-
-    def read(self, tokens, memory):
-        """A piece of at most mem_len tokens -> states (B, T, d_model), memory, loss."""
-        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        memory = memory or [(x[:, :0], x[:, :0])] * len(self.layers)  # nothing yet
-        n_remembered = sum(part.size(1) for part in memory[0])  # C + M
-        mask = attention_mask(distances(x.size(1), n_remembered, x.device))  # (T, K)
-        columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
-        R = self.dropout(sinusoid(columns, x.size(-1)).to(x.dtype))  # (K + 1, d_model)
-        updated, losses = [], []
-        for layer, remember, (compressed, recent) in zip(self.layers, self.memories, memory):
-            context = torch.cat([compressed, recent, x], dim=1)  # (B, K, d_model)
-            *parts, loss = remember(layer, x, compressed, recent)
-            updated.append(parts), losses.append(loss)
-            x = layer(context, R, mask)
-        return x, updated, sum(losses)
+        compression = list(self.memories.parameters())
+        ids = {id(p) for p in compression}
+        return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
         if memory and len(memory[0][0]) != len(tokens):
             raise ValueError(f"memory of {len(memory[0][0])} streams, tokens of {len(tokens)}")
         states, losses = [], []
         for piece in tokens.split(self.mem_len, dim=1):
-            x, memory, loss = self.read(piece, memory)
+            x, memory, loss = read_piece(self, piece, memory)
             states.append(x), losses.append(loss)
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
         memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
