@@ -340,7 +340,7 @@ print("most-used", MostUsed(2, rate=2)(old, used)[0].tolist())
 
 # %% tags=["from-module"]
 def by_content(layer, h, states):
-    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model), as a layer has them.
+    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model), in a layer.
 
     Everything stands still but `states`: no gradient reaches h or the layer. Section 3.2.
     """
@@ -349,18 +349,18 @@ def by_content(layer, h, states):
     gain, bias = norm.weight.detach(), norm.bias.detach()
     h, states = (F.layer_norm(x, gain.shape, gain, bias) for x in (h.detach(), states))
     k, values = F.linear(states, W_kv).chunk(2, dim=-1)  # (B, S, d_model)
-    return [attention.heads(x) for x in (F.linear(h, W_q), k, values)]  # (B, H, T or S, d_head)
+    return [attention.heads(x) for x in (F.linear(h, W_q), k, values)]  # (B, H, ., d_head)
 
 # %% tags=["from-module"]
 def attention_reconstruction(layer, h, old, new):
-    """How differently h reads old and new states: softmax((h Q)(m K)^T)(m V), no positions."""
+    """How differently h reads old and new: softmax((h Q)(m K)^T)(m V), no positions."""
     before = F.scaled_dot_product_attention(*by_content(layer, h, old))  # (B, H, T, d_head)
     after = F.scaled_dot_product_attention(*by_content(layer, h, new))
     return (before - after).square().mean()
 
 # %% tags=["from-module"]
 def auto_encoding(decode, old, new):
-    """How far the old states are from what g, d_model -> c * d_model, makes of the new ones."""
+    """How far the old states are from what g, d_model -> c * d_model, makes of the new."""
     return (decode(new).reshape(old.shape) - old).square().mean()
 
 # %% [markdown]
@@ -369,7 +369,7 @@ def auto_encoding(decode, old, new):
 # %% tags=["from-module"]
 def usage(layer, h, old):
     """The average attention that each old state gets from h, (B, O)."""
-    q, k, _ = (x.flatten(0, 1) for x in by_content(layer, h, old))  # (B * H, T or O, d_head)
+    q, k, _ = (x.flatten(0, 1) for x in by_content(layer, h, old))  # (B * H, ., d_head)
     weights = (q.size(-1) ** -0.5 * q @ k.mT).softmax(dim=-1)  # (B * H, T, O)
     return weights.unflatten(0, (len(h), -1)).mean(dim=(1, 2))
 
@@ -400,11 +400,14 @@ def check(mem_len, compressed_len, rate, compression, loss):
     """Refuse what cannot work, and say what would."""
     losses = ("attention", "auto-encoding", "bptt", None)
     if compression not in COMPRESSIONS:
-        raise ValueError(f"{compression=} is not one of {', '.join(map(repr, COMPRESSIONS))}")
+        names = ", ".join(map(repr, COMPRESSIONS))
+        raise ValueError(f"{compression=} is not one of {names}")
     if loss not in losses:
         raise ValueError(f"{loss=} is not one of {', '.join(map(repr, losses))}")
-    if rate < 1 or compressed_len < 0:
-        raise ValueError(f"compression_rate={rate} is not >= 1, or {compressed_len=} not >= 0")
+    if rate < 1:
+        raise ValueError(f"compression_rate={rate} is not >= 1")
+    if compressed_len < 0:
+        raise ValueError(f"{compressed_len=} is not >= 0")
     if mem_len < 1 or mem_len % rate:
         nearest = sorted({max(1, mem_len // rate) * rate, (mem_len // rate + 1) * rate})
         raise ValueError(
@@ -432,7 +435,7 @@ class Memory(nn.Module):
             self.decode = nn.Linear(d_model, rate * d_model)  # g
 
     def forward(self, layer, h, compressed, recent):
-        """h (B, T, d_model) enters compressed (B, C, d_model), recent (B, M, d_model); + loss."""
+        """h (B, T, d_model) enters; compressed (B, C, d_model), recent (B, M, d_model), loss."""
         recent = torch.cat([recent, h.detach()], dim=1)  # (B, M + T, d_model)
         excess = max(0, recent.size(1) - self.mem_len)
         n_old = math.ceil(excess / self.rate) * self.rate  # whole groups leave
@@ -459,7 +462,7 @@ class Memory(nn.Module):
 
 # %% tags=["from-module"]
 def read_piece(model, tokens, memory):
-    """At most mem_len tokens -> states (B, T, d_model), memory, loss, all with their graphs."""
+    """At most mem_len tokens -> states (B, T, d_model), memory, loss, with their graphs."""
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
     memory = memory or [(x[:, :0], x[:, :0])] * len(model.layers)  # nothing yet
     n_remembered = sum(part.size(1) for part in memory[0])  # C + M
@@ -482,16 +485,17 @@ def read_piece(model, tokens, memory):
 class CompressiveTransformer(nn.Module):
     """A language model with a memory in each layer, and a compressed memory behind it.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss. Memory,
-    for each layer: detached states (B, C, d_model), C <= compressed_len, and (B, M, d_model),
-    M <= mem_len. Longer texts are read in pieces of mem_len. The compression loss, a scalar,
-    comes in training mode, with loss="attention" and "auto-encoding". "bptt" trains f_c by the
-    logits of later pieces, so pass two or more at once; None does not train it.
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss.
+    Memory, for each layer: detached states (B, C, d_model), C <= compressed_len, and
+    (B, M, d_model), M <= mem_len. Longer texts are read in pieces of mem_len. The loss, a
+    scalar, comes in training mode, with loss="attention" and "auto-encoding"; "bptt" trains
+    f_c by the logits of later pieces, so pass two or more at once; None does not train it.
     """
 
     def __init__(
-        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, mem_len=64,
-        compressed_len=64, compression_rate=4, compression="conv", loss="attention", dropout=0.0,
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512,
+        mem_len=64, compressed_len=64, compression_rate=4, compression="conv",
+        loss="attention", dropout=0.0,
     ):  # fmt: skip
         super().__init__()
         check(mem_len, compressed_len, compression_rate, compression, loss)
@@ -511,8 +515,9 @@ class CompressiveTransformer(nn.Module):
         return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
-        if memory and len(memory[0][0]) != len(tokens):
-            raise ValueError(f"memory of {len(memory[0][0])} streams, tokens of {len(tokens)}")
+        B = len(tokens)
+        if memory and len(memory[0][0]) != B:
+            raise ValueError(f"memory of {len(memory[0][0])} streams, tokens of {B}")
         states, losses = [], []
         for piece in tokens.split(self.mem_len, dim=1):
             x, memory, loss = read_piece(self, piece, memory)

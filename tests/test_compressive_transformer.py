@@ -322,7 +322,7 @@ def test_invalid_arguments_are_refused_early():
         make(loss="l2")
     with pytest.raises(ValueError, match="compression_rate=0 is not >= 1"):
         make(compression_rate=0)
-    with pytest.raises(ValueError, match="compressed_len=-1 not >= 0"):
+    with pytest.raises(ValueError, match="compressed_len=-1 is not >= 0"):
         make(compressed_len=-1)
     model = make()
     _, memory = model(tokens(2, 4))
