@@ -56,7 +56,7 @@ class Memory(nn.Module):
         self.positions = nn.Parameter(torch.randn(d_model // n_heads, mem_len))
 
     def vector(self, states):
-        """Equation 5: L + 1 states (B, d_model), embedding first -> (B, d_model)."""
+        """The mixture: L + 1 states (B, d_model), embedding first -> (B, d_model)."""
         weights = self.layer_weights.softmax(dim=0)
         return torch.einsum("l,lbd->bd", weights, torch.stack(states))
 
@@ -123,35 +123,33 @@ class FeedbackTransformer(nn.Module):
             vectors.append(vector)
         return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
 
+    def recall(self, memory, x):
+        """The caller's memory -> its vectors (None if cached), its keys and values."""
+        ages = self.memory.positions.size(1)
+        if not 1 <= self.mem_len <= ages:
+            raise ValueError(f"mem_len={self.mem_len}: this model knows the ages 1 to {ages}")
+        cached = isinstance(memory, tuple)
+        if cached and torch.is_grad_enabled():
+            raise ValueError("a memory made under no_grad cannot be trained on: start with None")
+        memory = x[:, :0].detach() if memory is None else memory
+        streams = memory[0].size(1) if cached else len(memory)
+        if streams != len(x):
+            raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
+        return (None, *memory) if cached else (memory, *self.memory.keys_values(memory))
+
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         vectors, keys, values = self.recall(memory, x)
         dropout = self.training and self.dropout.p > 0
-        fast = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
-        run = segment if fast else FeedbackTransformer.loop
+        by_hand = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
+        run = segment if by_hand else FeedbackTransformer.loop
         outputs, new, keys, values = run(self, x, keys, values)
+        first = max(0, keys.size(-1) - self.mem_len)
         if torch.is_grad_enabled():
-            memory = torch.cat([vectors, new], dim=1).detach()
-            memory = memory[:, max(0, memory.size(1) - self.mem_len) :].clone()
+            memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
         else:
-            first = max(0, keys.size(-1) - self.mem_len)
             memory = keys[..., first:].clone(), values[..., first:, :].clone()
         return self.head(self.norm(outputs)), memory
-
-    def recall(self, memory, x):
-        """Memory as the caller has it -> vectors (None if without gradients), keys, values."""
-        ages = self.memory.positions.size(1)
-        if not 1 <= self.mem_len <= ages:
-            raise ValueError(f"mem_len={self.mem_len}: this model knows the ages 1 to {ages}")
-        if isinstance(memory, tuple) and torch.is_grad_enabled():
-            raise ValueError("a memory from torch.no_grad() cannot be trained on: start with None")
-        streams = len(x) if memory is None else memory[0].size(1) if isinstance(memory, tuple) else len(memory)
-        if streams != len(x):
-            raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
-        if isinstance(memory, tuple):
-            return None, *memory
-        vectors = x.new_empty(len(x), 0, x.size(-1)) if memory is None else memory
-        return vectors, *self.memory.keys_values(vectors)
 
 
 def fold(norm, linear, scale=1.0):
@@ -176,3 +174,29 @@ def segment(model, x, keys, values):
         *fold(memory.norm, memory.key_value), *weights,
     )  # fmt: skip
     return outputs, vectors, keys[None], values[None]
+
+
+@torch.no_grad()
+def start_from_parallel(model, vanilla):
+    """Copy the weights of a trained VanillaTransformer of the same sizes into model.
+
+    A layer's projection to keys and values is copied with the gain of the norm before it, or,
+    where the layers share one, their mean. Vanilla knows no ages and no mixture of layers:
+    the positions and the layer weights stay as they are. Section 3.2 trains in this way.
+    """
+    if len(model.layers) != len(vanilla.layers):
+        raise ValueError(f"{len(vanilla.layers)} layers do not fit {len(model.layers)} layers")
+    for name in ("embedding", "norm", "head"):
+        getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
+    projections = []
+    for ours, theirs in zip(model.layers, vanilla.layers):
+        W_q, *W_kv = theirs.attention.query_key_value.weight.chunk(3)  # (d_model, d_model) each
+        ours.query.weight.copy_(W_q)
+        ours.out.load_state_dict(theirs.attention.out.state_dict())
+        for name in ("feed_forward", "norm_attention", "norm_feed_forward"):
+            getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+        projections.append(torch.cat(W_kv) * theirs.norm_attention.weight)
+    W_kv = torch.stack(projections)  # (L, 2 * d_model, d_model)
+    model.memory.norm.reset_parameters()
+    weight = model.memory.key_value.weight
+    weight.copy_(W_kv.mean(dim=0) if model.shared_kv else W_kv.flatten(0, 1))
