@@ -3,6 +3,7 @@
 source                                      copy
 NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
 memtx_minimal/name.py                       the cells tagged `from-module`, one for each class or function
+                                            (and a file beside it that belongs to the same chapter: see BESIDE)
 project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
                                             README.md, and a line each of CITATION.cff and book/_config.yml
 """
@@ -63,6 +64,7 @@ def readme_clone(url, names):
     return f"```sh\ngit clone {url}\ncd {url.rsplit('/', 1)[-1]}\n```"
 
 
+BESIDE = {"feedback_transformer": ["feedback_segment"]}  # files of a chapter beside the one that is named like its notebook
 CELLS = {"badges": badges, "colab-install": colab_install}
 BLOCKS = {"links": readme_links, "clone": readme_clone}  # in README.md, from <!-- sync: NAME --> to <!-- end -->
 LINES = {"CITATION.cff": r"(?m)^(repository-code: ).*$", "book/_config.yml": r"(?m)^(  url: ).*$"}
@@ -116,27 +118,32 @@ def read_pair(ipynb, py):
     return nb, [f"{ipynb.name} is missing; {py.name} has what it needs"]
 
 
-def sync_module(nb, name, module):
-    """Refresh the cells that mirror the module; returns what drifted and what an author has to mend."""
-    drift, broken, wanted, seen = [], [], definitions(module), []
+def sync_modules(nb, name, modules):
+    """Refresh the cells that mirror the modules of a chapter; returns what drifted and what an author has to mend."""
+    drift, broken, seen = [], [], []
+    homes = {d: module for module in modules for d in definitions(module)}
+    wanted = {d: source for module in modules for d, source in definitions(module).items()}
+    files = " and ".join(module.name for module in modules)
     for number, cell in tagged(nb, "from-module"):
         names = re.findall(r"^(?:class|(?:async )?def) +(\w+)", cell.source, re.M)
         if len(names) != 1:
             broken.append(f"{name}, cell {number}: tagged from-module, holds {len(names)} definitions instead of one")
         elif names[0] not in wanted:
-            broken.append(f"{name}, cell {number}: tagged from-module, but {module.name} defines no {names[0]}")
+            broken.append(f"{name}, cell {number}: tagged from-module, but {files} defines no {names[0]}")
         else:
             seen += names
             source = wanted[names[0]]
             if cell.source != source:
                 where = first_difference(cell.source, source)
-                drift.append(f"{name}, cell {number}: {names[0]} differs from {module.name} ({where})")
+                drift.append(f"{name}, cell {number}: {names[0]} differs from {homes[names[0]].name} ({where})")
                 cell.source = source
-    broken += [f"{name}: no cell for {d} of {module.name}" for d in wanted if d not in seen]
+    broken += [f"{name}: no cell for {d} of {homes[d].name}" for d in wanted if d not in seen]
     broken += [f"{name}: {d} stands in {seen.count(d)} cells" for d in wanted if seen.count(d) > 1]
-    once = list(dict.fromkeys(seen))
-    if once != [d for d in wanted if d in once]:
-        broken.append(f"{name}: its cells go {', '.join(once)}; {module.name} goes {', '.join(wanted)}")
+    for module in modules:
+        order = [d for d in wanted if homes[d] == module]
+        once = [d for d in dict.fromkeys(seen) if d in order]
+        if once != [d for d in order if d in once]:
+            broken.append(f"{name}: its cells go {', '.join(once)}; {module.name} goes {', '.join(order)}")
     return drift, broken
 
 
@@ -195,7 +202,8 @@ def sync(root=ROOT, check=False):
     for name in names:
         ipynb, py = notebooks / f"{name}.ipynb", notebooks / f"{name}.py"
         nb, changes = read_pair(ipynb, py)
-        for more, faults in [sync_module(nb, name, root / "memtx_minimal" / f"{name[3:]}.py"), sync_generated(nb, name, url)]:
+        modules = [root / "memtx_minimal" / f"{file}.py" for file in [name[3:], *BESIDE.get(name[3:], [])]]
+        for more, faults in [sync_modules(nb, name, modules), sync_generated(nb, name, url)]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
             if not ipynb.exists() or nb != nbformat.read(ipynb, as_version=4):

@@ -6,9 +6,9 @@ weights, keys and values need is formed from the signals of a whole block of ste
 few large matrix products.
 
 Letters as in feedback_transformer.py; also N = B * H, each head of each text, S = M + T,
-memory and segment, and C, the steps of a block. A layer is its weights W_q, b_q, W_o, W_1,
-b_1, W_2, b_2: query, output of attention, feed-forward. Gain and shift of each norm are part
-of the weights behind it, and so is the scale of the scores. g_x is the error at x.
+memory and segment, and C, the steps of a block. A layer is its weights W_q, b_q, W_o,
+W_1, b_1, W_2, b_2: query, output of attention, feed-forward. Gain and shift of each norm
+are part of the weights behind it, and so is the scale of the scores.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Kept(NamedTuple):
     attention: list  # T * L tensors (N, 1, K)
 
     def seen(self, t, positions):
-        """What step t of the segment attends to: keys (N, d_head, K), values (N, K, d_head)."""
+        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
         end = self.keys.size(3) - len(self.states) + t  # M + t slots are there
         K = min(end, positions.size(1))
         keys = self.keys.flatten(0, 1)[..., end - K : end]
@@ -122,74 +122,104 @@ class Sums(NamedTuple):
     layers: list  # the seven weights of each layer
 
 
-def block_back(start, C, g_outputs, alpha, positions, W_kv, layers, kept, sums):
-    """Steps start ... start + C - 1 backwards, then the products of their signals.
+class Block(NamedTuple):
+    """What C steps need backwards, and the signals that they leave.
 
-    left (2, N, C * L, mem_len + C) holds errors at scores, and attention weights: a row for
-    each step and layer, a column for each slot, from mem_len slots before the block on. right
-    (2, N, C * L, d_head) holds queries, and errors at heads. left.mT @ right are then the
-    errors at keys and values. Those of the block's own slots are wanted at once: near.
+    left holds the errors at the scores, and the attention weights: a row for each step
+    and layer, a column for each slot, from mem_len slots before the block on. right holds
+    the queries, and the errors at the heads. So the errors at keys and values are
+    left.mT @ right.
     """
-    steps, (B, H, d_head, S), mem_len = slice(start, start + C), kept.keys.shape, positions.size(1)
-    L, M, N = len(layers), S - len(kept.states), B * H
-    x_hat, *x_stats = normalise(kept.states[steps, :L])  # (C, L, B, d_model)
-    middle_hat, *middle_stats = normalise(kept.middles[steps])
-    hidden = [relu_of(middle_hat[:, l].flatten(0, 1), layer) for l, layer in enumerate(layers)]
-    slopes = torch.stack([h.sign() for h in hidden]).unflatten(1, (C, B)).transpose(0, 1)
-    *shares, share_of_output = alpha.tolist()
 
+    x_hat: torch.Tensor  # (C, L, B, d_model): inputs of the layers, normalised
+    x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
+    middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
+    middle_stats: list
+    hidden: list  # L tensors (C * B, d_ff): inside the feed-forwards, computed again
+    left: torch.Tensor  # (2, N, C * L, mem_len + C)
+    right: torch.Tensor  # (2, N, C * L, d_head)
+    errors: list  # for each step and layer those at output, middle, query, hidden
+
+
+def prepare(steps, layers, kept, mem_len):
+    """A Block for a slice of steps: normalised inputs, hidden states, and the queries."""
+    middles, (B, H, d_head, _) = kept.middles[steps], kept.keys.shape
+    (C, L), N = middles.shape[:2], B * H
+    x_hat, *x_stats = normalise(kept.states[steps, :L])
+    middle_hat, *middle_stats = normalise(middles)
+    hidden = [
+        torch.addmm(b_1, middle_hat[:, l].flatten(0, 1), W_1.T).relu_()
+        for l, (_, _, _, W_1, b_1, _, _) in enumerate(layers)
+    ]
     left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
     right = kept.keys.new_empty(2, N, C * L, d_head)
     right[0] = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
-    near = sums.slots[:, M + start : M + start + C].clone()  # (2 * N, C, d_head)
-    errors = []
+    return Block(x_hat, x_stats, middle_hat, middle_stats, hidden, left, right, [])
+
+
+def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
+    """A slice of steps backwards, then the products of their signals."""
+    (B, H, _, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
+    block = prepare(steps, layers, kept, mem_len)
+    slopes = torch.stack(block.hidden).sign().unflatten(1, (C, B)).transpose(0, 1)
+    at_middle = kept.middles[steps], *block.middle_stats
+    inputs = slopes, *at_middle, kept.states[steps], *block.x_stats
+    vector_stats = normalise(kept.vectors[steps])[1:]
+    *shares, share_of_output = alpha.tolist()
+    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
     for r in reversed(range(C)):
-        t, row = start + r, slice(r * L, (r + 1) * L)
+        t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
-        g_vector = sums.new[t] @ W_kv  # (B, d_model), behind the norm; then before it
-        g_vector = normalise_back(g_vector, kept.vectors[t], *normalise(kept.vectors[t])[1:])
-        g = torch.add(g_outputs[t], g_vector, alpha=share_of_output)
+        stats = (stat[r] for stat in vector_stats)
+        sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
+        g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
         weights = kept.attention[t * L : (t + 1) * L]
-        tensors = slopes, kept.middles[steps], *middle_stats, kept.states[steps], *x_stats
-        rows = list(zip(weights, *(tensor[r].unbind() for tensor in tensors)))
+        rows = list(zip(weights, *(tensor[r].unbind() for tensor in inputs)))
         keys, values = kept.seen(t, positions)
-        g, error, g_scores, g_heads = step_back(g, g_vector, shares, layers, rows, keys, values)
-        sums.x[t], sums.vectors[t] = g, g_vector
-        errors.insert(0, error)
+        sums.x[t], errors, g_scores, g_heads = step_back(
+            g, sums.vectors[t], shares, layers, rows, keys, values
+        )
+        block.errors.insert(0, errors)
         columns = slice(mem_len + r - values.size(1), mem_len + r)
-        torch.cat(g_scores, dim=1, out=left[0, :, row, columns])
-        torch.cat(weights, dim=1, out=left[1, :, row, columns])
-        torch.cat(g_heads, dim=1, out=right[1, :, row])
-        near.baddbmm_(left[:, :, row, mem_len:].flatten(0, 1).mT, right[:, :, row].flatten(0, 1))
+        torch.cat(g_scores, dim=1, out=block.left[0, :, row, columns])
+        torch.cat(weights, dim=1, out=block.left[1, :, row, columns])
+        torch.cat(g_heads, dim=1, out=block.right[1, :, row])
+        left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
+        near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+    add_products(first, block, kept.heads[steps], sums)
 
-    old = min(M + start, mem_len)
-    far = torch.bmm(left[..., mem_len - old : mem_len].flatten(0, 1).mT, right.flatten(0, 1))
-    sums.slots[:, M + start - old : M + start] += far
-    width = mem_len + C  # a row further down is a step later: its ages begin a column further on
-    by_age = left[0].as_strided((N, C, L, mem_len), (C * L * width, L * width + 1, width, 1))
-    sums.positions.addmm_(right[0].flatten(0, 1).T, by_age.reshape(-1, mem_len))
+
+def add_products(first, block, heads, sums):
+    """The sums over a block's steps: for old keys and values, positions, and weights."""
+    left, right, (C, L) = block.left, block.right, heads.shape[:2]
+    mem_len, N = sums.positions.size(1), left.size(1)
+    old = min(first, mem_len)  # slots before the block that it has seen
+    far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
+    sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
+
+    width = mem_len + C  # a step is L rows, and the ages of the next begin a column later
+    strides = (C * L * width, L * width + 1, width, 1)
+    by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
+    sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
     for l, (W_q, b_q, W_o, W_1, b_1, W_2, b_2) in enumerate(sums.layers):
-        output, middle, query, inner = (torch.cat(e) for e in zip(*(error[l] for error in errors)))
-        W_q.addmm_(query.T, x_hat[:, l].flatten(0, 1))
-        W_o.addmm_(middle.T, kept.heads[steps, l].flatten(0, 1))
-        W_1.addmm_(inner.T, middle_hat[:, l].flatten(0, 1))
-        W_2.addmm_(output.T, hidden[l])
-        for bias, g in [(b_q, query), (b_1, inner), (b_2, output)]:
-            bias.add_(g.sum(0))
-
-
-def relu_of(middle_hat, layer):
-    """The inner layer of the feed-forward, computed again rather than kept."""
-    return torch.addmm(layer[4], middle_hat, layer[3].T).relu_()
+        at_layer = (step[l] for step in block.errors)
+        output, middle, query, hidden = (torch.cat(errors) for errors in zip(*at_layer))
+        W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
+        W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
+        W_1.addmm_(hidden.T, block.middle_hat[:, l].flatten(0, 1))
+        W_2.addmm_(output.T, block.hidden[l])
+        for bias, errors in [(b_q, query), (b_1, hidden), (b_2, output)]:
+            bias += errors.sum(dim=0)
 
 
 class Segment(Function):
     """A segment for autograd.
 
     x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
-    alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs and
-    memory vectors (B, T, d_model), keys and values with T more slots. Only the outputs can be
-    differentiated: vectors, keys and values are to be read.
+    alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
+    and memory vectors (B, T, d_model), keys and values with T more slots. Only the outputs
+    can be differentiated: vectors, keys and values are to be read.
     """
 
     @staticmethod
@@ -221,11 +251,11 @@ class Segment(Function):
         )
         g = g.transpose(0, 1)  # (T, B, d_model)
         for start in reversed(range(0, T, BLOCK)):
-            C = min(BLOCK, T - start)
-            block_back(start, C, g, alpha, positions, W_kv, layers, kept, sums)
+            steps = slice(start, min(start + BLOCK, T))
+            block_back(steps, g, alpha, positions, W_kv, layers, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
         g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
-        g_b_kv = sums.new.sum((0, 1))
+        g_past = sums.x.transpose(0, 1), g_keys.mT, g_values
         g_weights = (w for layer in sums.layers for w in layer)
-        return sums.x.transpose(0, 1), g_keys.mT, g_values, g_alpha, sums.positions, g_W_kv, g_b_kv, *g_weights
+        return *g_past, g_alpha, sums.positions, g_W_kv, sums.new.sum((0, 1)), *g_weights

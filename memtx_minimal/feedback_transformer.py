@@ -31,7 +31,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attention(self, x, keys, values):
-        """x (B, d_model), keys (B, H, d_head, K), values (B, H, K, d_head) -> (B, d_model)."""
+        """x (B, d_model), keys (B, H, d_head, K), values (B, H, K, d_head) -> like x."""
         q = self.query(x).unflatten(-1, (self.n_heads, 1, -1))  # (B, H, 1, d_head)
         scores = q.size(-1) ** -0.5 * q @ keys  # (B, H, 1, K)
         weights = self.dropout(scores.softmax(dim=-1))
@@ -61,7 +61,7 @@ class Memory(nn.Module):
         return torch.einsum("l,lbd->bd", weights, torch.stack(states))
 
     def keys_values(self, vectors):
-        """(B, n, d_model) -> keys (n_kv, B, H, d_head, n), values (n_kv, B, H, n, d_head)."""
+        """(B, n, d_model) -> (n_kv, B, H, d_head, n) keys, (n_kv, B, H, n, d_head) values."""
         kv = self.key_value(self.norm(vectors))  # (B, n, n_kv * 2 * d_model)
         kv = kv.unflatten(-1, (-1, 2, self.n_heads, len(self.positions)))
         keys, values = kv.permute(3, 2, 0, 4, 1, 5)  # (n_kv, B, H, n, d_head) each
@@ -75,16 +75,52 @@ class Memory(nn.Module):
         return keys[..., n - K :] + positions, values[..., n - K :, :]
 
 
+def step(model, x, keys, values):
+    """One token x (B, d_model) -> its output and its memory vector, (B, d_model) each."""
+    keys, values = model.memory.seen(keys, values, model.mem_len)
+    states = [x]
+    for n, layer in enumerate(model.layers):
+        n_kv = n % len(keys)  # 0 where the layers share keys and values
+        states.append(layer(states[-1], keys[n_kv], values[n_kv]))
+    return states[-1], model.memory.vector(states)
+
+
+def loop(model, x, keys, values):
+    """Step by step: x (B, T, d_model) -> outputs, vectors, keys and values with T more."""
+    outputs, vectors = [], []
+    for x_t in x.unbind(dim=1):
+        output, vector = step(model, x_t, keys, values)
+        new_keys, new_values = model.memory.keys_values(vector[:, None])
+        keys = torch.cat([keys, new_keys], dim=-1)
+        values = torch.cat([values, new_values], dim=-2)
+        outputs.append(output)
+        vectors.append(vector)
+    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
+
+
+def recall(model, memory, x):
+    """The caller's memory -> its vectors (None if it has none), its keys and values."""
+    ages, cached = model.memory.positions.size(1), isinstance(memory, tuple)
+    if not 1 <= model.mem_len <= ages:
+        raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
+    if cached and torch.is_grad_enabled():
+        raise ValueError("a memory made under no_grad does not train: start with None")
+    memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
+    streams = memory[0].size(1) if cached else len(memory)
+    if streams != len(x):
+        raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
+    return (None, *memory) if cached else (memory, *model.memory.keys_values(memory))
+
+
 class FeedbackTransformer(nn.Module):
     """A language model whose every layer reads one memory of what all layers found before.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. Pass None at the start of
-    a stream. With gradients, memory is the latest mem_len memory vectors, detached,
-    (B, M, d_model); their keys and values are computed again, so that these projections learn
-    from old vectors too. Without gradients it is a tuple: the keys and values themselves.
-    mem_len may be lowered at any time. shared_kv: one projection to keys and values for
-    all layers, or one for each. by_hand: the backward pass of feedback_segment.py where it
-    applies (shared_kv, no dropout at work), or always autograd's.
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. Pass None at the start
+    of a stream. With gradients memory is the latest mem_len vectors, (B, M, d_model),
+    detached; without, it is a tuple, their keys and values. mem_len may be lowered at any
+    time. shared_kv: one projection to keys and values for all layers, or one for each.
+    by_hand: the backward pass of feedback_segment.py, where it applies (shared_kv, no
+    dropout at work), or always autograd's.
     """
 
     def __init__(
@@ -93,7 +129,7 @@ class FeedbackTransformer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if d_model % n_heads or mem_len < 1:
-            raise ValueError(f"{d_model=} is not a multiple of {n_heads=}, or {mem_len=} not >= 1")
+            raise ValueError(f"{d_model=} must be a multiple of {n_heads=}, {mem_len=} >= 1")
         self.mem_len, self.shared_kv, self.by_hand = mem_len, shared_kv, by_hand
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -102,48 +138,13 @@ class FeedbackTransformer(nn.Module):
         self.memory = Memory(d_model, n_heads, n_layers, mem_len, shared_kv)
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
-    def step(self, x, keys, values):
-        """One token x (B, d_model) -> its output and its memory vector, (B, d_model) each."""
-        keys, values = self.memory.seen(keys, values, self.mem_len)
-        states = [x]
-        for n, layer in enumerate(self.layers):
-            n_kv = n % len(keys)  # 0 where keys and values are shared
-            states.append(layer(states[-1], keys[n_kv], values[n_kv]))
-        return states[-1], self.memory.vector(states)
-
-    def loop(self, x, keys, values):
-        """Step by step: x (B, T, d_model) -> outputs, vectors, keys and values with T more."""
-        outputs, vectors = [], []
-        for x_t in x.unbind(dim=1):
-            output, vector = self.step(x_t, keys, values)
-            new_keys, new_values = self.memory.keys_values(vector[:, None])
-            keys = torch.cat([keys, new_keys], dim=-1)
-            values = torch.cat([values, new_values], dim=-2)
-            outputs.append(output)
-            vectors.append(vector)
-        return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
-
-    def recall(self, memory, x):
-        """The caller's memory -> its vectors (None if cached), its keys and values."""
-        ages = self.memory.positions.size(1)
-        if not 1 <= self.mem_len <= ages:
-            raise ValueError(f"mem_len={self.mem_len}: this model knows the ages 1 to {ages}")
-        cached = isinstance(memory, tuple)
-        if cached and torch.is_grad_enabled():
-            raise ValueError("a memory made under no_grad cannot be trained on: start with None")
-        memory = x[:, :0].detach() if memory is None else memory
-        streams = memory[0].size(1) if cached else len(memory)
-        if streams != len(x):
-            raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
-        return (None, *memory) if cached else (memory, *self.memory.keys_values(memory))
-
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        vectors, keys, values = self.recall(memory, x)
+        vectors, keys, values = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
         by_hand = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
-        run = segment if by_hand else FeedbackTransformer.loop
-        outputs, new, keys, values = run(self, x, keys, values)
+        run_steps = segment if by_hand else loop
+        outputs, new, keys, values = run_steps(self, x, keys, values)
         first = max(0, keys.size(-1) - self.mem_len)
         if torch.is_grad_enabled():
             memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
@@ -160,7 +161,7 @@ def fold(norm, linear, scale=1.0):
 
 
 def segment(model, x, keys, values):
-    """What model.loop does, as one operation whose backward pass is written by hand."""
+    """What loop does, as one operation whose backward pass is written by hand."""
     memory, weights = model.memory, []
     for layer in model.layers:
         inner, _, outer = layer.feed_forward
@@ -180,17 +181,18 @@ def segment(model, x, keys, values):
 def start_from_parallel(model, vanilla):
     """Copy the weights of a trained VanillaTransformer of the same sizes into model.
 
-    A layer's projection to keys and values is copied with the gain of the norm before it, or,
-    where the layers share one, their mean. Vanilla knows no ages and no mixture of layers:
-    the positions and the layer weights stay as they are. Section 3.2 trains in this way.
+    A layer's projection to keys and values is copied with the gain of the norm before it;
+    where the layers share one, it is the mean of theirs. Vanilla knows no ages and no
+    mixture of layers: the positions and the layer weights stay as they are.
     """
     if len(model.layers) != len(vanilla.layers):
-        raise ValueError(f"{len(vanilla.layers)} layers do not fit {len(model.layers)} layers")
+        sizes = f"{len(vanilla.layers)} layers, model {len(model.layers)}"
+        raise ValueError(f"vanilla has {sizes}: build both with the same n_layers")
     for name in ("embedding", "norm", "head"):
         getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
     projections = []
     for ours, theirs in zip(model.layers, vanilla.layers):
-        W_q, *W_kv = theirs.attention.query_key_value.weight.chunk(3)  # (d_model, d_model) each
+        W_q, *W_kv = theirs.attention.query_key_value.weight.chunk(3)
         ours.query.weight.copy_(W_q)
         ours.out.load_state_dict(theirs.attention.out.state_dict())
         for name in ("feed_forward", "norm_attention", "norm_feed_forward"):

@@ -144,7 +144,7 @@ def test_order_of_memory_matters(by_hand, T):
 
 
 @given(segment_len=st.integers(1, 24), by_hand=st.booleans(), mem_len=st.integers(1, 24))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_it_does_not_matter_where_the_text_is_cut(segment_len, by_hand, mem_len):
     """Every step sees the latest mem_len vectors, wherever the segments end: with the cache of no_grad ..."""
     model, text = make(mem_len=mem_len, by_hand=by_hand), tokens(2, 24)
@@ -215,7 +215,7 @@ def test_mem_len_may_be_lowered():
 
 
 @given(T=st.integers(1, 2 * BLOCK + 3), M=st.integers(0, 9), mem_len=st.integers(1, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_by_hand_is_autograd_to_rounding(T, M, mem_len):
     model, text = make(mem_len=mem_len), tokens(2, T)
     vectors = torch.randn(2, min(M, mem_len), 16, dtype=torch.float64)
@@ -357,7 +357,7 @@ def test_starting_from_a_parallel_transformer_keeps_layers_apart():
     for n, layer in enumerate(vanilla.layers):
         assert torch.equal(W[n].flatten(0, 1), layer.attention.query_key_value.weight[16:])
     assert torch.equal(model.memory.positions, fresh.positions)  # nothing in vanilla is like these
-    with pytest.raises(ValueError, match="3 layers.*2 layers"):
+    with pytest.raises(ValueError, match="vanilla has 3 layers, model 2"):
         start_from_parallel(make(n_layers=2), vanilla)
 
 
@@ -365,9 +365,9 @@ def test_starting_from_a_parallel_transformer_keeps_layers_apart():
 
 
 def test_invalid_arguments_are_refused_early():
-    with pytest.raises(ValueError, match="mem_len=0 not >= 1"):
+    with pytest.raises(ValueError, match="mem_len=0 >= 1"):
         make(mem_len=0)
-    with pytest.raises(ValueError, match="d_model=16 is not a multiple of n_heads=3"):
+    with pytest.raises(ValueError, match="d_model=16 must be a multiple of n_heads=3"):
         make(n_heads=3)
     model = make()
     _, memory = model(tokens(2, 4))

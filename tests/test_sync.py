@@ -110,6 +110,22 @@ def test_a_tagged_cell_without_its_definition(tree, source, message):
     assert message in sync.sync(tree, check=True)[1][0]
 
 
+def test_a_second_file_of_the_chapter(tree, monkeypatch):
+    """Its definitions have cells too, in the order of their own file, wherever these stand among the others."""
+    monkeypatch.setattr(sync, "BESIDE", {"tiny": ["quick"]})
+    (tree / "memtx_minimal/quick.py").write_text("def fast():\n    return 1\n\n\ndef faster():\n    return 2\n")
+    faults = sync.sync(tree, check=True)[1]
+    assert faults == [f"01_tiny: no cell for {name} of quick.py" for name in ("fast", "faster")]
+    stubs = [nbformat.v4.new_code_cell(f"def {name}(): ...", metadata={"tags": ["from-module"]}) for name in ("fast", "faster")]
+    edit_cells(tree, lambda cells: [*cells[:2], stubs[0], *cells[2:], stubs[1]])
+    drift, broken = sync.sync(tree, check=True)
+    assert len(drift) == 2 and "fast differs from quick.py" in drift[0] and not broken
+    sync.sync(tree)
+    assert sync.sync(tree, check=True) == ([], [])
+    edit_cells(tree, lambda cells: [*cells[:2], cells[-1], *cells[3:-1], cells[2]])
+    assert "its cells go faster, fast; quick.py goes fast, faster" in sync.sync(tree, check=True)[1][0]
+
+
 @pytest.mark.parametrize("newer, older", [("py", "ipynb"), ("ipynb", "py")])
 def test_the_newer_file_of_a_pair_wins(tree, newer, older):
     before = nbformat.read(tree / "notebooks/01_tiny.ipynb", as_version=4)
