@@ -446,7 +446,7 @@ for segment_len in (1, 3, 5):
 
 # %%
 @torch.no_grad()
-def felt(mem_len, n_layers, n=24):
+def felt(mem_len, n_layers, n=10):
     """How much a change of each token of a text changes the last logits, (n,)."""
     torch.manual_seed(SEED)
     model = FeedbackTransformer(10, 16, 2, n_layers, 32, mem_len=mem_len, by_hand=False).double()
@@ -458,14 +458,17 @@ def felt(mem_len, n_layers, n=24):
 
 reach = {f"M = {M}, L = {L}": felt(M, L) for M, L in [(1, 1), (2, 1), (2, 3)]}
 figure, axes = plt.subplots()
-figures.curves(axes, range(1, 25), reach, marker="o", xlabel="position in the text (tokens)", ylabel="change of the last logits")
+figures.curves(
+    axes, range(1, 11), reach, marker="o",
+    xlabel="position in the text (tokens)", ylabel="change of the last logits",
+)
 axes.set(yscale="log", title="Every token before is felt (untrained models)")
 figures.show(
     figure,
     "Change of the last logits when one token changes, by its position, on a logarithmic scale, for three "
     "models. All positions are felt, the far ones less, even with a memory of one vector and one layer.",
 )
-assert all((change > 0).all() for change in reach.values())
+assert all((change > 1e-12).all() for change in reach.values())  # more than rounding
 
 # %% [markdown]
 # ## 3.3 Three ways to the same gradient
@@ -911,7 +914,7 @@ assert costs["plain loop"][-1] > 1.3 * costs["cache"][-1] and costs["cache"][-1]
 
 # %%
 corpus = corpora.tiny_shakespeare()
-T, STEPS = 32, 250
+T, STEPS = 32, 160
 SIZES = dict(vocab_size=len(corpus.vocab), d_model=64, n_heads=4, d_ff=256, mem_len=T)
 
 
@@ -926,7 +929,7 @@ torch.manual_seed(SEED)
 feedback = FeedbackTransformer(**SIZES, n_layers=2).to(device)
 scratch = fit(feedback)
 print(f"{corpus.name}, {STEPS} steps: {scratch[1]:.0f} seconds")
-print(f"validation loss {training.evaluate(feedback, corpus.valid, segment_len=T):.3f} nats per character")
+print(f"validation loss {training.evaluate(feedback, corpus.valid[:20_000], segment_len=T):.3f} nats per character")
 
 # %%
 figure, axes = plt.subplots()
@@ -1035,21 +1038,21 @@ assert made_of["embedding"] < min(made_of["layer 1"], made_of["mean"], made_of["
 # parallel ones. Here are 1, 2 and 4 layers, two seeds each.
 
 # %%
-def validation_loss(cls, n_layers, seed):
-    """A fresh model, trained for STEPS steps: (model, validation loss)."""
+def run_once(cls, n_layers, seed):
+    """A fresh model, trained for STEPS steps: model, validation loss, seconds."""
     torch.manual_seed(seed)
     model = cls(**SIZES, n_layers=n_layers).to(device)
-    fit(model)
-    return model, training.evaluate(model, corpus.valid[:30_000], segment_len=T)
+    _, seconds = fit(model)
+    return model, training.evaluate(model, corpus.valid[:20_000], segment_len=T), seconds
 
 
 depths, seeds, trained = [1, 2, 4], [SEED, SEED + 1], {}
-losses = {"Feedback": [], "Transformer-XL": []}
+losses, took = {"Feedback": [], "Transformer-XL": []}, {}
 for name, cls in [("Feedback", FeedbackTransformer), ("Transformer-XL", TransformerXL)]:
     for n_layers in depths:
-        runs = [validation_loss(cls, n_layers, seed) for seed in seeds]
-        trained[name, n_layers] = runs[0][0]
-        losses[name].append([loss for _, loss in runs])
+        models, values, seconds = zip(*(run_once(cls, n_layers, seed) for seed in seeds))
+        trained[name, n_layers], took[name, n_layers] = models[0], sum(seconds) / len(seconds)
+        losses[name].append(values)
 
 # %%
 figure, axes = plt.subplots()
@@ -1067,10 +1070,17 @@ figures.show(
     "with a line through their means.",
 )
 for name, values in losses.items():
-    print(f"{name:15}", "  ".join(f"{L} layers: {a:.3f} {b:.3f}" for L, (a, b) in zip(depths, values)))
+    for L, (a, b) in zip(depths, values):
+        print(f"{name:15} {L} layers: {a:.3f} and {b:.3f} nats per character, {took[name, L]:4.1f} seconds")
+means = {name: [sum(pair) / 2 for pair in values] for name, values in losses.items()}
+assert all(means[name][0] > means[name][2] for name in means)  # depth helps both
+assert max(abs(a - b) for a, b in zip(*means.values())) < 0.15  # and at equal depth there is little between them
 
 # %% [markdown]
-# DEPTH-PROSE
+# Depth helps both. But at equal depth the two models are about equal: the paper's gain on text does **not** show here. That is
+# no surprise after the ball. These models have seen a small text for some seconds, and what they have learned
+# so far is spelling, for which the last few letters are enough and no state has to be carried. The paper's models are
+# a thousand times larger and train for days. What shows even here is the price: compare the seconds.
 #
 # ### The learned mixture
 #
@@ -1092,7 +1102,9 @@ figures.show(
 assert (weights - 0.2).abs().max() > 0.005  # they have moved, a little
 
 # %% [markdown]
-# MIX-PROSE
+# In so short a training the weights have not gone far from the even share. They are five numbers among many
+# thousands, with the learning rate of all others, and any mixture can be undone in part by the projection behind it.
+# Exercise 5 asks for more.
 #
 # ### Where it looks
 #
@@ -1235,12 +1247,19 @@ figures.show(
     "Training loss against seconds: Feedback from the start, and a vanilla model whose weights are then copied "
     "into a Feedback Transformer, which starts higher and falls again.",
 )
-cold_loss, warm_loss = (training.evaluate(m, corpus.valid[:30_000], segment_len=T) for m in (feedback, warm))
-print(f"from the start:       {cold_loss:.3f} nats per character after {scratch[1]:.0f} seconds")
-print(f"by way of vanilla:    {warm_loss:.3f} nats per character after {first[1] + second[1]:.0f} seconds")
+fresh, copied = (sum(losses[:10]) / 10 for losses in (scratch[0], second[0]))
+print(f"mean loss of the first ten steps: fresh weights {fresh:.2f}, copied weights {copied:.2f}")
+for name, m, spent in [("from the start", feedback, scratch[1]), ("by way of vanilla", warm, first[1] + second[1])]:
+    loss = training.evaluate(m, corpus.valid[:20_000], segment_len=T)
+    print(f"{name:17} {loss:.3f} nats per character on the validation text, after {spent:.0f} seconds")
+assert copied < fresh - 0.5
 
 # %% [markdown]
-# WARM-PROSE
+# The copied weights are worth something: the model starts far below a fresh one, although its positions are
+# new, and its mixture of layers is not what the copied projections were trained to read. But the parallel training took
+# its own seconds, and the two curves run close together. At this size a Feedback Transformer is only a
+# few times slower than a parallel one, and there is little to save. The aid is meant for models and lengths where
+# the difference is greater.
 #
 # ## 3.7 What it costs to generate, and to remember
 #
@@ -1392,7 +1411,9 @@ assert kept["Feedback, autograd"][-1] > 4 * kept["Feedback, by hand"][-1]
 # 3. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and what would two
 # passes give?
 # 4. *(30 minutes)* Set `mem_len` to 1 for the ball. Is attention still needed? Compare with a recurrent network.
-# 5. *(60 minutes)* Give `step_back` dropout on the attention weights: which tensor has to be kept, and which lines of
+# 5. *(20 minutes)* Give `layer_weights` a learning rate a hundred times higher than the rest (you will need your own
+# loop). Which layers does the text want in its memory? And the ball?
+# 6. *(60 minutes)* Give `step_back` dropout on the attention weights: which tensor has to be kept, and which lines of
 # `run` and `step_back` change? `gradcheck` tells you when you are done.
 
 # %%
