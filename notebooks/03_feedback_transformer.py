@@ -19,23 +19,27 @@
 # [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/03_feedback_transformer.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/03_feedback_transformer.ipynb)
 
 # %% [markdown]
-# In a transformer, layer 1 never learns what layer 4 found out, not even one token later. Each layer
-# sees only the layer below it, so a thought can be carried on for as many steps as there are layers,
-# and then it ends. The **Feedback Transformer** ([Fan et al., 2020](https://arxiv.org/abs/2002.09402))
-# lifts this limit: at each token the outputs of *all* layers are mixed into one memory vector, and
-# *every* layer of every later token attends to these vectors. The price is that tokens can no longer be
-# computed side by side. The chapter shows what one gains, and how to keep the price low.
+# In a transformer, layer 1 never learns what layer 4 found out, not even one token later. Each
+# layer sees only the layer below it, so a thought can be carried on for as many steps as there
+# are layers, and then it ends. The **Feedback Transformer** ([Fan et al.,
+# 2020](https://arxiv.org/abs/2002.09402)) lifts this limit: at each token the outputs of *all*
+# layers are mixed into one memory vector, and *every* layer of every later token attends to these
+# vectors. The price is that tokens can no longer be computed side by side. The chapter shows what
+# one gains, and how to keep the price low.
 #
 # **When you have read it, you can**
 # - say what a transformer of fixed depth cannot compute, and show it in an experiment;
 # - write a transformer with feedback memory, with keys and values for each layer or shared;
 # - write a backward pass by hand for a whole segment of a recurrent model, and test it;
-# - shorten its training with the two aids of the paper, and measure what generation and memory cost.
+# - shorten its training with the two aids of the paper, and measure what generation and memory
+# cost.
 #
-# **You need** PyTorch, and attention with queries, keys and values. Chapter 1 helps, and is not needed.
+# **You need** PyTorch, and attention with queries, keys and values. Chapter 1 helps, and is not
+# needed.
 #
-# **Time and memory.** The budget of the whole notebook is 8 minutes and 2 GiB on two CPU cores. It
-# trains some twenty small models while you read. The last cell prints what it took on your machine.
+# **Time and memory.** The budget of the whole notebook is 8 minutes and 2 GiB on two CPU cores.
+# It trains some twenty small models while you read. The last cell prints what it took on your
+# machine.
 
 # %% tags=["colab-install"]
 import subprocess
@@ -78,7 +82,8 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `K` | keys: what a step may see | `L` | layers |
 #
 # And one picture of the idea: who may look at whom. Positions run across, layers go up. Blue is
-# computed now. Orange was computed earlier and is read. Look at where the lines to layer 1 come from.
+# computed now. Orange was computed earlier and is read. Look at where the lines to layer 1 come
+# from.
 
 # %%
 def unrolled_feedback(axes, n_layers, n_positions, now):
@@ -124,9 +129,10 @@ figures.show(
 # %% [markdown]
 # ## 3.1 The problem: depth is the only clock
 #
-# A ball lies under the first of five cups. Each token swaps two cups. After each swap, where is the ball?
-# The task is simple for anyone with a memory of one number: keep the place, update it at each swap. And
-# there is hardly another way, since swaps do not commute: you cannot count them.
+# A ball lies under the first of five cups. Each token swaps two cups. After each swap, where is
+# the ball? The task is simple for anyone with a memory of one number: keep the place, update it
+# at each swap. And there is hardly another way, since swaps do not commute: you cannot count
+# them.
 
 # %%
 pairs = torch.combinations(torch.arange(5))  # (10, 2): what the ten tokens mean
@@ -136,8 +142,8 @@ for token, cup in zip(tokens[0], targets[0]):
     print(f"token {token}: swap cups {a} and {b}   the ball is now under cup {cup}")
 
 # %% [markdown]
-# Now give it to a vanilla transformer of four layers. It learns from short games first and then from longer
-# ones, up to 32 swaps; a later section asks whether such lessons help.
+# Now give it to a vanilla transformer of four layers. It learns from short games first and then
+# from longer ones, up to 32 swaps; a later section asks whether such lessons help.
 
 # %%
 GAMES = dict(vocab_size=len(pairs), d_model=64, n_heads=4, d_ff=256)
@@ -178,25 +184,27 @@ print(f"right answers over all positions: {found['vanilla, 4 layers'].mean():.2f
 assert found["vanilla, 4 layers"].mean() < 0.6 and found["vanilla, 4 layers"][-1] < 0.4
 
 # %% [markdown]
-# It follows a few swaps and then guesses. (The dotted line is pure guessing.) A state of layer $l$ depends
-# on states of layer $l-1$: every update of the ball's place takes a layer, and there are only four. The
-# model has 32 tokens of text, and four ticks of a clock.
+# It follows a few swaps and then guesses. (The dotted line is pure guessing.) A state of layer
+# $l$ depends on states of layer $l-1$: every update of the ball's place takes a layer, and there
+# are only four. The model has 32 tokens of text, and four ticks of a clock.
 #
 # ## 3.2 One memory for all layers
 #
-# Let $x_t^0$ be the embedding of token $t$, and $x_t^1 \ldots x_t^L$ the outputs of the layers. The paper
-# changes what layer $l$ attends to. No longer the layer below, but memory vectors of the steps before:
+# Let $x_t^0$ be the embedding of token $t$, and $x_t^1 \ldots x_t^L$ the outputs of the layers.
+# The paper changes what layer $l$ attends to. No longer the layer below, but memory vectors of
+# the steps before:
 #
 # $$
 # z_t^l = \text{Attention}\left(x_t^{l-1},\; \left[m_{t-\tau}, \ldots, m_{t-1}\right]\right) , \qquad
 # m_t = \sum_{l=0}^{L} \text{softmax}(w)_l \; x_t^l .
 # $$
 #
-# $\tau$ is the length of the memory, `mem_len` in the code, and $w$ are $L+1$ learned numbers, one set for the whole model. The
-# attention ends at $m_{t-1}$: step $t$ cannot read its own memory vector, which does not exist yet.
+# $\tau$ is the length of the memory, `mem_len` in the code, and $w$ are $L+1$ learned numbers,
+# one set for the whole model. The attention ends at $m_{t-1}$: step $t$ cannot read its own
+# memory vector, which does not exist yet.
 #
-# The layer is an ordinary one, except that it looks at *one* step, and that it is handed its keys and
-# values. The keys arrive with `d_head` before `K`, ready for the product.
+# The layer is an ordinary one, except that it looks at *one* step, and that it is handed its keys
+# and values. The keys arrive with `d_head` before `K`, ready for the product.
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
@@ -235,24 +243,27 @@ for K in (0, 5):
     print(f"K = {K}: x", tuple(x.shape), "-> out", tuple(out.shape))
 
 # %% [markdown]
-# With `K = 0` there is nothing to attend to, and attention adds nothing: that is the first step of a text.
+# With `K = 0` there is nothing to attend to, and attention adds nothing: that is the first step
+# of a text.
 #
 # ### The memory
 #
-# `vector` is the mixture above. `keys_values` makes keys and values from memory vectors. Two details
-# count. The vectors are **normalised first**, as the states in a pre-LN layer are. And `shared_kv` decides whether all
-# layers share one projection to keys and values. In the paper's first version each
-# layer has its own; its second version shares one, so that each vector is projected *once* and
-# the cache holds one key and one value for each token, whatever the depth.
+# `vector` is the mixture above. `keys_values` makes keys and values from memory vectors. Two
+# details count. The vectors are **normalised first**, as the states in a pre-LN layer are. And
+# `shared_kv` decides whether all layers share one projection to keys and values. In the paper's
+# first version each layer has its own; its second version shares one, so that each vector is
+# projected *once* and the cache holds one key and one value for each token, whatever the depth.
 #
-# `seen` picks the window and tells the order. The score of a query with the key of age $a = t - j$ is
+# `seen` picks the window and tells the order. The score of a query with the key of age $a = t -
+# j$ is
 #
 # $$
 # \frac{1}{\sqrt{d_{\text{head}}}}\; q^\top \left(k_j + p_a\right) ,
 # $$
 #
-# with one learned vector $p_a$ for each age, shared by all layers and heads, as in the authors' released code. Without $p$ the
-# memory would be a set: attention has no other way to tell yesterday from last year.
+# with one learned vector $p_a$ for each age, shared by all layers and heads, as in the authors'
+# released code. Without $p$ the memory would be a set: attention has no other way to tell
+# yesterday from last year.
 
 # %% tags=["from-module"]
 class Memory(nn.Module):
@@ -315,7 +326,8 @@ figures.show(
 # %% [markdown]
 # ### Step after step
 #
-# One token goes up through all layers and leaves one memory vector. A segment is one token after the other.
+# One token goes up through all layers and leaves one memory vector. A segment is one token after
+# the other.
 
 # %% tags=["from-module"]
 def step(model, x, keys, values):
@@ -341,10 +353,10 @@ def loop(model, x, keys, values):
     return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
 
 # %% [markdown]
-# What is the memory between two calls? While you train, it is the **vectors** $m$. Their keys and values are
-# computed again at the start of the next segment: no gradient flows into the old vectors, but the
-# projections still learn from them. Without gradients, it is the **keys and values themselves**, and nothing
-# is ever computed twice. `recall` takes either.
+# What is the memory between two calls? While you train, it is the **vectors** $m$. Their keys and
+# values are computed again at the start of the next segment: no gradient flows into the old
+# vectors, but the projections still learn from them. Without gradients, it is the **keys and
+# values themselves**, and nothing is ever computed twice. `recall` takes either.
 
 # %% tags=["from-module"]
 def recall(model, memory, x):
@@ -361,8 +373,8 @@ def recall(model, memory, x):
     return (None, *memory) if cached else (memory, *model.memory.keys_values(memory))
 
 # %% [markdown]
-# The model holds it together, and keeps the protocol of this course: memory goes in and comes out, detached, never longer
-# than `mem_len`. Do not mind `by_hand` yet.
+# The model holds it together, and keeps the protocol of this course: memory goes in and comes
+# out, detached, never longer than `mem_len`. Do not mind `by_hand` yet.
 
 # %% tags=["from-module"]
 class FeedbackTransformer(nn.Module):
@@ -418,8 +430,8 @@ with torch.no_grad():
 print("generating: logits", tuple(logits.shape), " keys", tuple(keys.shape), " values", tuple(values.shape))
 
 # %% [markdown]
-# Every step sees the latest `mem_len` vectors, and it does not matter where the text was cut: token by
-# token, in segments, or all at once.
+# Every step sees the latest `mem_len` vectors, and it does not matter where the text was cut:
+# token by token, in segments, or all at once.
 
 # %%
 @torch.no_grad()
@@ -440,9 +452,9 @@ for segment_len in (1, 3, 5):
     assert difference < 1e-12
 
 # %% [markdown]
-# How far back does a prediction feel a change? In chapter 1 it was layers times memory, and no further.
-# Here the memory vectors themselves were made by looking at memory. So a change is handed on from step to
-# step, even with one layer and a memory of two vectors:
+# How far back does a prediction feel a change? In chapter 1 it was layers times memory, and no
+# further. Here the memory vectors themselves were made by looking at memory. So a change is
+# handed on from step to step, even with one layer and a memory of two vectors:
 
 # %%
 @torch.no_grad()
@@ -474,11 +486,11 @@ assert all((change > 1e-12).all() for change in reach.values())  # more than rou
 # ## 3.3 Three ways to the same gradient
 #
 # The loop has a price. A vanilla transformer computes all positions of a layer in one matrix
-# product; here `T` steps wait for each other. The paper's answer is to make each step cheap. We go further, in three stages that
-# give the same numbers.
+# product; here `T` steps wait for each other. The paper's answer is to make each step cheap. We
+# go further, in three stages that give the same numbers.
 #
-# **The first way** is the loop that one writes first. Every layer of every step makes keys and values of the
-# whole memory again.
+# **The first way** is the loop that one writes first. Every layer of every step makes keys and
+# values of the whole memory again.
 
 # %%
 def plain_loop(model, tokens):
@@ -495,25 +507,27 @@ def plain_loop(model, tokens):
     return torch.stack(logits, dim=1)
 
 # %% [markdown]
-# **The second way** is `FeedbackTransformer.loop` above: a vector's key and value are made once, when the vector is made,
-# and kept.
+# **The second way** is `loop` above: a vector's key and value are made once, when the vector is
+# made, and kept.
 #
-# **The third way** keeps the loop and takes autograd out of it. Autograd records every little product of
-# every step, and replays the record backwards: for each step and layer it multiplies small matrices for the errors *and*
-# small matrices for the gradients of the weights. But only the errors have to go step by step. The
-# gradient of a weight, such as $W_q$, is a sum over all steps,
+# **The third way** keeps the loop and takes autograd out of it. Autograd records every little
+# product of every step, and replays the record backwards: for each step and layer it multiplies
+# small matrices for the errors *and* small matrices for the gradients of the weights. But only
+# the errors have to go step by step. The gradient of a weight, such as $W_q$, is a sum over all
+# steps,
 #
 # $$
 # \frac{\partial \mathcal L}{\partial W_q} = \sum_t g_t\, \hat x_t^\top ,
 # $$
 #
-# where $g_t$ is the error at the query of step $t$ and $\hat x_t$ the normalised input. Keep the $g_t$, put them side by side, and the sum is *one*
-# large matrix product. The same goes for the keys: the error at $k_j$ is a sum over all later steps and all
-# layers of (error at the score) times (query).
+# where $g_t$ is the error at the query of step $t$ and $\hat x_t$ the normalised input. Keep the
+# $g_t$, put them side by side, and the sum is *one* large matrix product. The same goes for the
+# keys: the error at $k_j$ is a sum over all later steps and all layers of (error at the score)
+# times (query).
 #
-# So the whole segment becomes one operation for autograd, a `torch.autograd.Function`, with its own
-# backward pass. To keep it short, each norm does nothing but normalise: its gain and shift go into the
-# weights behind it, by `fold`.
+# So the whole segment becomes one operation for autograd, a `torch.autograd.Function`, with its
+# own backward pass. To keep it short, each norm does nothing but normalise: its gain and shift go
+# into the weights behind it, by `fold`.
 
 # %% tags=["from-module"]
 def fold(norm, linear, scale=1.0):
@@ -540,15 +554,15 @@ def segment(model, x, keys, values):
     return outputs, vectors, keys[None], values[None]
 
 # %% [markdown]
-# The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every step leaves
-# signals, and a block of steps is as many as are worth one large product.
+# The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every
+# step leaves signals, and a block of steps is as many as are worth one large product.
 
 # %%
 BLOCK = 16  # steps in a block
 
 # %% [markdown]
-# Layer norm, forwards and backwards, each as one operation of PyTorch. `g` is always an error: the
-# gradient of the loss at some place.
+# Layer norm, forwards and backwards, each as one operation of PyTorch. `g` is always an error:
+# the gradient of the loss at some place.
 
 # %% tags=["from-module"]
 def normalise(x):
@@ -562,9 +576,10 @@ def normalise_back(g, x, mean, rstd):
     return back(g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
 
 # %% [markdown]
-# What the steps forwards leave behind. For each step and layer that is the input, the state between attention and
-# feed-forward, the query and the heads. The inner layer of the feed-forward is the largest tensor of
-# all. It is *not* kept: backwards it is computed again, for many steps in one product.
+# What the steps forwards leave behind. For each step and layer that is the input, the state
+# between attention and feed-forward, the query and the heads. The inner layer of the feed-forward
+# is the largest tensor of all. It is *not* kept: backwards it is computed again, for many steps
+# in one product.
 
 # %% tags=["from-module"]
 class Kept(NamedTuple):
@@ -588,7 +603,8 @@ class Kept(NamedTuple):
         return keys + positions[:, positions.size(1) - K :], values
 
 # %% [markdown]
-# The steps forwards are the loop that you know, written without modules, into tensors that are there already.
+# The steps forwards are the loop that you know, written without modules, into tensors that are
+# there already.
 
 # %% tags=["from-module"]
 def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
@@ -625,8 +641,9 @@ def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
     return kept
 
 # %% [markdown]
-# Now one step backwards, from the top layer down. Each line is the line of `run` in reverse. An error reaches a
-# layer's output from the layer above *and*, through the memory vector, from all later steps.
+# Now one step backwards, from the top layer down. Each line is the line of `run` in reverse. An
+# error reaches a layer's output from the layer above *and*, through the memory vector, from all
+# later steps.
 
 # %% tags=["from-module"]
 def step_back(g, g_vector, alpha, layers, rows, keys, values):
@@ -665,7 +682,8 @@ class Sums(NamedTuple):
     layers: list  # the seven weights of each layer
 
 # %% [markdown]
-# The steps go backwards in blocks. `prepare` computes for all steps of a block at once what none of them has to wait for.
+# The steps go backwards in blocks. `prepare` computes for all steps of a block at once what none
+# of them has to wait for.
 
 # %% tags=["from-module"]
 class Block(NamedTuple):
@@ -703,8 +721,9 @@ def prepare(steps, layers, kept, mem_len):
     return Block(x_hat, x_stats, middle_hat, middle_stats, hidden, left, right, [])
 
 # %% [markdown]
-# The loop over the block collects errors. Only the keys and values of the block's own slots cannot wait, because
-# the very next step backwards needs the errors there. They are summed up in `near`.
+# The loop over the block collects errors. Only the keys and values of the block's own slots
+# cannot wait, because the very next step backwards needs the errors there. They are summed up in
+# `near`.
 
 # %% tags=["from-module"]
 def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
@@ -817,8 +836,9 @@ class Segment(Function):
         return *g_past, g_alpha, sums.positions, g_W_kv, sums.new.sum((0, 1)), *g_weights
 
 # %% [markdown]
-# Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in double
-# precision. Then the three ways against each other: logits, and the gradient of every parameter.
+# Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in
+# double precision. Then the three ways against each other: logits, and the gradient of every
+# parameter.
 
 # %%
 def gradients(run):
@@ -854,7 +874,8 @@ print("gradcheck: right")
 # %% [markdown]
 # ### What a training step costs
 #
-# Seconds for one forward and backward pass, against the length of the segment, and the vanilla model beside them.
+# Seconds for one forward and backward pass, against the length of the segment, and the vanilla
+# model beside them.
 
 # %%
 COSTS = dict(vocab_size=65, d_model=64, n_heads=4, n_layers=2, d_ff=256)
@@ -901,16 +922,17 @@ for name, seconds in costs.items():
 assert costs["plain loop"][-1] > 1.3 * costs["cache"][-1] and costs["cache"][-1] > 1.3 * costs["by hand"][-1]
 
 # %% [markdown]
-# The cache takes away work that grows with the square of the length. The hand-written pass takes away
-# most of autograd's many small steps. What remains above vanilla is the waiting itself: `T` times small products
-# in place of one large one. `make bench` measures it against two public packages at a larger size.
+# The cache takes away work that grows with the square of the length. The hand-written pass takes
+# away most of autograd's many small steps. What remains above vanilla is the waiting itself: `T`
+# times small products in place of one large one. `make bench` measures it against two public
+# packages at a larger size.
 #
 # ## 3.4 Train it
 #
 # Tiny Shakespeare, one million characters. This is the loop that all the chapters share, in
 # `memtx_minimal/training.py`. All models of this section get the same text and the same number of
-# steps. The parallel baseline is the Transformer-XL of chapter 1, with as much memory: what is left
-# between the two is feedback.
+# steps. The parallel baseline is the Transformer-XL of chapter 1, with as much memory: what is
+# left between the two is feedback.
 
 # %%
 corpus = corpora.tiny_shakespeare()
@@ -946,14 +968,16 @@ text = training.generate(feedback, prompt, 200, temperature=0.8)
 print(corpus.vocab.decode(text[64:]))
 
 # %% [markdown]
-# It has learned the look of a play, and not much more: this is a small model after seconds of training.
+# It has learned the look of a play, and not much more: this is a small model after seconds of
+# training.
 #
 # ## 3.5 The claims, one by one
 #
 # ### One layer follows the ball
 #
-# Expected: a Feedback Transformer hands the place of the ball from memory vector to memory vector, so a *single*
-# layer is enough for games of any length. The lessons are those that the vanilla model had.
+# Expected: a Feedback Transformer hands the place of the ball from memory vector to memory
+# vector, so a *single* layer is enough for games of any length. The lessons are those that the
+# vanilla model had.
 
 # %%
 torch.manual_seed(SEED)
@@ -983,8 +1007,9 @@ for name, shares in found.items():
 assert found["Feedback, 1 layer"].mean() > 0.9
 
 # %% [markdown]
-# A quarter of the layers, and the ball is not lost. (The paper makes the same point with a language of small
-# programs: there, 8 vanilla layers answer 33.7 % right and 4 feedback layers 99.1 %, by the page of the released code.)
+# A quarter of the layers, and the ball is not lost. (The paper makes the same point with a
+# language of small programs: there, 8 vanilla layers answer 33.7 % right and 4 feedback layers
+# 99.1 %, by the page of the released code.)
 #
 # ### What memory is made of
 #
@@ -1029,13 +1054,13 @@ for name, share in made_of.items():
 assert made_of["embedding"] < min(made_of["layer 1"], made_of["mean"], made_of["learned"]) - 0.1
 
 # %% [markdown]
-# With the embedding alone nothing that a layer has found out is ever handed on: this is a vanilla model in
-# disguise. As soon as the output of the layer is in the mixture, feedback works.
+# With the embedding alone nothing that a layer has found out is ever handed on: this is a vanilla
+# model in disguise. As soon as the output of the layer is in the mixture, feedback works.
 #
 # ### Loss at equal depth
 #
-# Does text profit too? The paper finds that Feedback Transformers of few layers do as well as deeper
-# parallel ones. Here are 1, 2 and 4 layers, two seeds each.
+# Does text profit too? The paper finds that Feedback Transformers of few layers do as well as
+# deeper parallel ones. Here are 1, 2 and 4 layers, two seeds each.
 
 # %%
 def run_once(cls, n_layers, seed):
@@ -1077,10 +1102,11 @@ assert all(means[name][0] > means[name][2] for name in means)  # depth helps bot
 assert max(abs(a - b) for a, b in zip(*means.values())) < 0.15  # and at equal depth there is little between them
 
 # %% [markdown]
-# Depth helps both. But at equal depth the two models are about equal: the paper's gain on text does **not** show here. That is
-# no surprise after the ball. These models have seen a small text for some seconds, and what they have learned
-# so far is spelling, for which the last few letters are enough and no state has to be carried. The paper's models are
-# a thousand times larger and train for days. What shows even here is the price: compare the seconds.
+# Depth helps both. But at equal depth the two models are about equal: the paper's gain on text
+# does **not** show here. That is no surprise after the ball. These models have seen a small text
+# for some seconds, and what they have learned so far is spelling, for which the last few letters
+# are enough and no state has to be carried. The paper's models are hundreds of times larger and
+# train for days. What shows even here is the price: compare the seconds.
 #
 # ### The learned mixture
 #
@@ -1102,14 +1128,15 @@ figures.show(
 assert (weights - 0.2).abs().max() > 0.005  # they have moved, a little
 
 # %% [markdown]
-# In so short a training the weights have not gone far from the even share. They are five numbers among many
-# thousands, with the learning rate of all others, and any mixture can be undone in part by the projection behind it.
-# Exercise 5 asks for more.
+# In so short a training the weights have not gone far from the even share. They are five numbers
+# among many thousands, with the learning rate of all others, and any mixture can be undone in
+# part by the projection behind it. Exercise 5 asks for more.
 #
 # ### Where it looks
 #
-# Every layer of every step attends to memory vectors of known age. Record the attention of the trained model
-# (in the loop, where each softmax stands alone) and add up what falls in each bucket of ages. The buckets double in width.
+# Every layer of every step attends to memory vectors of known age. Record the attention of the
+# trained model (in the loop, where each softmax stands alone) and add up what falls in each
+# bucket of ages. The buckets double in width.
 
 # %%
 @torch.inference_mode()
@@ -1144,15 +1171,15 @@ print("age 1 to 4:", "  ".join(f"layer {n + 1}: {row[:4].sum():.2f}" for n, row 
 assert by_age[:, :4].sum(dim=1).mean() > 2 * 4 / 32  # more than an even share for the youngest
 
 # %% [markdown]
-# The young vectors get far more than an even share. They are also the richest: the vector of age 1 already contains, through
-# its own attention, what the steps before it had found.
+# The young vectors get far more than an even share. They are also the richest: the vector of age
+# 1 already contains, through its own attention, what the steps before it had found.
 #
 # ## 3.6 Two aids for training
 #
 # ### Short games first
 #
-# The paper starts with short sequences and lengthens them. Is it worth it? Give the same model games of 32
-# swaps from the start, for about as many seconds as the lessons took.
+# The paper starts with short sequences and lengthens them. Is it worth it? Give the same model
+# games of 32 swaps from the start, for about as many seconds as the lessons took.
 
 # %%
 torch.manual_seed(SEED)
@@ -1181,9 +1208,10 @@ print(f"short games first: {after_lessons[-1][1]:.2f}   long games from the star
 assert after_lessons[-1][1] > direct[-1][1] + 0.2
 
 # %% [markdown]
-# The order of lessons decides. In a long game that is guessed wrong from the third swap on, nearly all of the loss is
-# noise. In a game of two swaps, the one update that must be learned stands alone. The learning rate falls
-# as the games grow: a recurrence of many steps multiplies its errors, and at a high rate it breaks.
+# The order of lessons decides. In a long game that is lost after the first swaps, nearly all of
+# the loss is noise. In a game of two swaps, the one update that must be learned stands alone. The
+# learning rate falls as the games grow: a recurrence of many steps multiplies its errors, and at
+# a high rate it breaks.
 #
 # ### Start from a parallel model
 #
@@ -1255,19 +1283,19 @@ for name, m, spent in [("from the start", feedback, scratch[1]), ("by way of van
 assert copied < fresh - 0.5
 
 # %% [markdown]
-# The copied weights are worth something: the model starts far below a fresh one, although its positions are
-# new, and its mixture of layers is not what the copied projections were trained to read. But the parallel training took
-# its own seconds, and the two curves run close together. At this size a Feedback Transformer is only a
-# few times slower than a parallel one, and there is little to save. The aid is meant for models and lengths where
-# the difference is greater.
+# The copied weights are worth something: the model starts far below a fresh one, although its
+# positions are new, and its mixture of layers is not what the copied projections were trained to
+# read. But the parallel training took its own seconds, and the two curves run close together. At
+# this size a Feedback Transformer is only a few times slower than a parallel one, and there is
+# little to save. The aid is meant for models and lengths where the difference is greater.
 #
 # ## 3.7 What it costs to generate, and to remember
 #
 # ### Seconds per token
 #
-# To generate, the model reads one token a call. With the cache, one more token is one more step, however
-# long the text already is; attention itself grows with the memory, and slowly. Without returned memory,
-# as in some public versions, every token means reading the whole prefix again.
+# To generate, the model reads one token a call. With the cache, one more token is one more step,
+# however long the text already is; attention itself grows with the memory, and slowly. Without
+# returned memory, as in some public versions, every token means reading the whole prefix again.
 
 # %%
 @torch.inference_mode()
@@ -1305,9 +1333,10 @@ assert again[-1] > 10 * with_cache[-1] and with_cache[-1] < 4 * with_cache[0]
 # %% [markdown]
 # ### Bytes per token
 #
-# What must a model hold for each token of the past, to go on generating? A parallel transformer: keys and
-# values of every layer, `2 * L * d_model` numbers. Feedback with keys and values per layer: as many. Shared: `2 * d_model`.
-# For vanilla, the keys and values are caught as the model makes them.
+# What must a model hold for each token of the past, to go on generating? A parallel transformer:
+# keys and values of every layer, `2 * L * d_model` numbers. Feedback with keys and values per
+# layer: as many. Shared: `2 * d_model`. For vanilla, the keys and values are caught as the model
+# makes them.
 
 # %%
 @torch.inference_mode()
@@ -1374,8 +1403,8 @@ for name, values in kept.items():
 assert kept["Feedback, autograd"][-1] > 4 * kept["Feedback, by hand"][-1]
 
 # %% [markdown]
-# The shared cache does not grow with depth. And the hand-written pass keeps the states once, where autograd's loop keeps,
-# step after step, the joined keys and values of all steps so far.
+# The shared cache does not grow with depth. And the hand-written pass keeps the states once,
+# where autograd's loop keeps, step after step, the joined keys and values of all steps so far.
 #
 # ## 3.8 Departures from the paper
 #
@@ -1384,37 +1413,41 @@ assert kept["Feedback, autograd"][-1] > 4 * kept["Feedback, by hand"][-1]
 # | the memory has a norm of its own | pre-LN: the norm of the layer, tied across layers where keys and values are shared | the memory is made once for all layers; its norm can be too |
 # | a hand-written backward pass for a segment | autograd, with a buffer that is written in place | speed; and nothing that is written in place can be wrong when two passes overlap |
 # | the hand-written pass has no dropout: with dropout the loop runs | dropout everywhere | a shorter file; at this size nothing overfits |
-# | all positions of a segment are trained on, memory is detached between segments | the same | |
 # | a fixed window of `mem_len` | for text, a window whose length each head learns (adaptive span) | one idea at a time |
 # | the output projection of attention starts as PyTorch starts it | divided by $\sqrt{2L}$ in the released code | not needed with four layers |
 # | a copy of vanilla weights drops its positions | parallel and feedback models share their kind of position | chapter 1 has the kind that would fit; the baseline stays simple |
-# | models of 60,000 to 250,000 parameters, seconds of training | up to 139 million (WikiText-103), days | what a notebook can do |
+# | models of some hundred thousand parameters, seconds of training | up to 139 million (WikiText-103), days | what a notebook can do |
 #
 # ## 3.9 What became of it
 #
-# - **Keys and values shared by all layers** came back for the sake of the cache alone: cross-layer attention and
-# YOCO ("you only cache once") share them between layers of parallel transformers.
-# - **Recurrence in depth** was the point that lasted. Feedback is one answer to "how long may a thought be?";
-# looped transformers, and chains of thought that are written out and read again, are others. A
-# written chain is feedback through the text: the top layer's output becomes the bottom layer's input.
-# - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase family
-# (from authors of this paper) hand states back once a block, so that a block stays parallel.
-# - **Strictly sequential training** did not last. On hardware that lives off large products, its price is what you
-# measured above; linear recurrences, such as state space models, gave up expressive power to get rid of it.
+# - **Keys and values shared by all layers** came back for the sake of the cache alone:
+# cross-layer attention and YOCO ("you only cache once") share them between layers of parallel
+# transformers.
+# - **Recurrence in depth** was the point that lasted. Feedback is one answer to "how long may a
+# thought be?"; looped transformers, and chains of thought that are written out and read again,
+# are others. A written chain is feedback through the text: the top layer's output becomes the
+# bottom layer's input.
+# - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase
+# family (from authors of this paper) hand states back once a block, so that a block stays
+# parallel.
+# - **Strictly sequential training** did not last. On hardware that lives off large products, its
+# price is what you measured above; linear recurrences, such as state space models, gave up
+# expressive power to get rid of it.
 #
 # ## 3.10 Exercises
 #
-# 1. *(10 minutes)* How many layers can information pass on its way from a token to the prediction made
-# `n` tokens later? Write `my_clock(n_layers, n, kind)` for `kind` "vanilla" (inside one window) and "feedback".
-# Check it with `check_clock` below.
+# 1. *(10 minutes)* How many layers can information pass on its way from a token to the prediction
+# made `n` tokens later? Write `my_clock(n_layers, n, kind)` for `kind` "vanilla" (inside one
+# window) and "feedback". Check it with `check_clock` below.
 # 2. *(10 minutes)* Play with 7 cups. Which part of `LESSONS` do you have to change?
-# 3. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and what would two
-# passes give?
-# 4. *(30 minutes)* Set `mem_len` to 1 for the ball. Is attention still needed? Compare with a recurrent network.
-# 5. *(20 minutes)* Give `layer_weights` a learning rate a hundred times higher than the rest (you will need your own
-# loop). Which layers does the text want in its memory? And the ball?
-# 6. *(60 minutes)* Give `step_back` dropout on the attention weights: which tensor has to be kept, and which lines of
-# `run` and `step_back` change? `gradcheck` tells you when you are done.
+# 3. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass,
+# and what would two passes give?
+# 4. *(30 minutes)* Set `mem_len` to 1 for the ball. Is attention still needed? Compare with a
+# recurrent network.
+# 5. *(20 minutes)* Give `layer_weights` a learning rate a hundred times higher than the rest (you
+# will need your own loop). Which layers does the text want in its memory? And the ball?
+# 6. *(60 minutes)* Give `step_back` dropout on the attention weights: which tensor has to be
+# kept, and which lines of `run` and `step_back` change? `gradcheck` tells you when you are done.
 
 # %%
 def check_clock(my_clock):
@@ -1443,19 +1476,21 @@ def check_clock(my_clock):
 #     return n_layers if kind == "vanilla" else n_layers * (n + 1)
 # ```
 #
-# Each layer of the parallel model passes once. With feedback, all layers are passed again at each token.
+# Each layer of the parallel model passes once. With feedback, all layers are passed again at each
+# token.
 #
 # </details>
 #
 # ## References
 #
-# - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar: [Addressing Some Limitations of Transformers with
-# Feedback Memory](https://arxiv.org/abs/2002.09402). 2020.
+# - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar: [Addressing Some Limitations of
+# Transformers with Feedback Memory](https://arxiv.org/abs/2002.09402). 2020.
 # - P. Shaw, J. Uszkoreit, A. Vaswani: [Self-Attention with Relative Position
 # Representations](https://arxiv.org/abs/1803.02155). NAACL 2018.
 # - Z. Dai et al.: [Transformer-XL: Attentive Language Models Beyond a Fixed-Length
 # Context](https://arxiv.org/abs/1901.02860). ACL 2019.
-# - A. Vaswani et al.: [Attention Is All You Need](https://arxiv.org/abs/1706.03762). NeurIPS 2017.
+# - A. Vaswani et al.: [Attention Is All You Need](https://arxiv.org/abs/1706.03762). NeurIPS
+# 2017.
 
 # %%
 minutes = (time.perf_counter() - started) / 60
