@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memtx_minimal.feedback_segment import BLOCK, Segment
@@ -215,6 +215,7 @@ def test_mem_len_may_be_lowered():
 
 
 @given(T=st.integers(1, 2 * BLOCK + 3), M=st.integers(0, 9), mem_len=st.integers(1, 40))
+@example(T=2 * BLOCK + 3, M=9, mem_len=40)  # slots that several blocks look back at
 @settings(max_examples=15, deadline=None)
 def test_by_hand_is_autograd_to_rounding(T, M, mem_len):
     model, text = make(mem_len=mem_len), tokens(2, T)
