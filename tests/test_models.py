@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx_minimal.compressive_transformer import CompressiveTransformer
+from memtx_minimal.feedback_transformer import FeedbackTransformer
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
@@ -16,6 +17,9 @@ MODELS = {
     "xl": lambda **kw: TransformerXL(**SMALL, mem_len=6, **kw),
     "xl same_length": lambda **kw: TransformerXL(**SMALL, mem_len=6, same_length=True, **kw),
     "xl clamp_len": lambda **kw: TransformerXL(**SMALL, mem_len=6, clamp_len=4, **kw),
+    "feedback": lambda **kw: FeedbackTransformer(**SMALL, mem_len=6, **kw),
+    "feedback in the loop": lambda **kw: FeedbackTransformer(**SMALL, mem_len=6, by_hand=False, **kw),
+    "feedback per layer": lambda **kw: FeedbackTransformer(**SMALL, mem_len=6, shared_kv=False, **kw),
     "xl without memory": lambda **kw: TransformerXL(**SMALL, mem_len=0, **kw),
     "compressive": lambda **kw: CompressiveTransformer(**SMALL, **COMPRESSED, **kw),
     "compressive mean": lambda **kw: CompressiveTransformer(

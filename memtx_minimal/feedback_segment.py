@@ -1,0 +1,261 @@
+"""All steps of a Feedback Transformer's segment as one operation, its backward by hand.
+
+Autograd records each small product of each step and replays the record backwards. Here
+the loop backwards holds only what must wait for later steps: the error signals. What
+weights, keys and values need is formed from the signals of a whole block of steps, in a
+few large matrix products.
+
+Letters as in feedback_transformer.py; also N = B * H, each head of each text, S = M + T,
+memory and segment, and C, the steps of a block. A layer is its weights W_q, b_q, W_o,
+W_1, b_1, W_2, b_2: query, output of attention, feed-forward. Gain and shift of each norm
+are part of the weights behind it, and so is the scale of the scores.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd import Function
+
+BLOCK = 16  # steps in a block
+
+
+def normalise(x):
+    """Layer norm without gain and shift; also mean and 1 / deviation, for its backward."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+
+
+def normalise_back(g, x, mean, rstd):
+    """The error at x, from the error g at normalise(x)."""
+    back = torch.ops.aten.native_layer_norm_backward.default
+    return back(g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+
+
+class Kept(NamedTuple):
+    """What the steps forwards leave for the steps backwards."""
+
+    states: torch.Tensor  # (T, L + 1, B, d_model): the embedding, the output of each layer
+    middles: torch.Tensor  # (T, L, B, d_model): between attention and feed-forward
+    queries: torch.Tensor  # (T, L, B, d_model)
+    heads: torch.Tensor  # (T, L, B, d_model): out of attention
+    vectors: torch.Tensor  # (T, B, d_model): the memory vectors
+    keys: torch.Tensor  # (B, H, d_head, S)
+    values: torch.Tensor  # (B, H, S, d_head)
+    attention: list  # T * L tensors (N, 1, K)
+
+    def seen(self, t, positions):
+        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
+        end = self.keys.size(3) - len(self.states) + t  # M + t slots are there
+        K = min(end, positions.size(1))
+        keys = self.keys.flatten(0, 1)[..., end - K : end]
+        values = self.values.flatten(0, 1)[:, end - K : end]
+        return keys + positions[:, positions.size(1) - K :], values
+
+
+def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
+    """The steps forwards, from the keys and values of M old memory vectors.
+
+    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head) -> Kept.
+    """
+    (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
+    kept = Kept(
+        x.new_empty(T, len(layers) + 1, B, d_model),
+        *x.new_empty(3, T, len(layers), B, d_model).unbind(),
+        x.new_empty(T, B, d_model),
+        torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
+        torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
+        [],
+    )
+    kept.states[:, 0] = x.transpose(0, 1)
+    layers = [[w.T if w.dim() == 2 else w for w in layer] for layer in layers]
+    for t, (states, middles, queries, heads, vector) in enumerate(zip(*kept[:5])):
+        keys, values = kept.seen(t, positions)
+        x_t, *outputs = states.unbind()
+        rows = zip(layers, middles.unbind(), queries.unbind(), heads.unbind(), outputs)
+        for (W_q, b_q, W_o, W_1, b_1, W_2, b_2), middle, q, head, output in rows:
+            torch.addmm(b_q, normalise(x_t)[0], W_q, out=q)  # (B, d_model)
+            scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
+            kept.attention.append(scores.softmax(dim=-1))
+            torch.bmm(kept.attention[-1], values, out=head.view(B * H, 1, d_head))
+            torch.addmm(x_t, head, W_o, out=middle)
+            hidden = torch.addmm(b_1, normalise(middle)[0], W_1).relu_()  # (B, d_ff)
+            x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
+        torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
+        new = torch.addmm(b_kv, normalise(vector)[0], W_kv.T).view(B, 2, H, d_head)
+        kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
+    return kept
+
+
+def step_back(g, g_vector, alpha, layers, rows, keys, values):
+    """The errors of one step, from its last layer down to its embedding.
+
+    g (B, d_model) at the last output; g_vector at the memory vector, of which the share
+    alpha[l] is the input of layer l. Returns g at the embedding, and lists over the layers:
+    errors at (output, middle, query, hidden), at scores (N, 1, K), at heads (N, 1, d_head).
+    """
+    errors, g_scores, g_heads = [], [], []
+    for layer, share, row in zip(reversed(layers), reversed(alpha), reversed(rows)):
+        W_q, _, W_o, W_1, _, W_2, _ = layer
+        weights, slope, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
+        g_hidden = (g @ W_2).mul_(slope)  # (B, d_ff)
+        g_middle = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd).add_(g)
+        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
+        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
+        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
+        g_q = torch.bmm(g_score, keys.mT).view(g.shape)  # (B, d_model)
+        errors.append((g, g_middle, g_q, g_hidden))
+        g_scores.append(g_score)
+        g_heads.append(g_head)
+        g = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
+        g.add_(g_middle).add_(g_vector, alpha=share)
+    return g, errors[::-1], g_scores[::-1], g_heads[::-1]
+
+
+class Sums(NamedTuple):
+    """The errors that block after block adds to, or fills in."""
+
+    x: torch.Tensor  # (T, B, d_model)
+    vectors: torch.Tensor  # (T, B, d_model)
+    new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
+    slots: torch.Tensor  # (2 * N, S, d_head): keys and values, by slot
+    positions: torch.Tensor  # (d_head, mem_len)
+    layers: list  # the seven weights of each layer
+
+
+class Block(NamedTuple):
+    """What C steps need backwards, and the signals that they leave.
+
+    left holds the errors at the scores, and the attention weights: a row for each step
+    and layer, a column for each slot, from mem_len slots before the block on. right holds
+    the queries, and the errors at the heads. So the errors at keys and values are
+    left.mT @ right.
+    """
+
+    x_hat: torch.Tensor  # (C, L, B, d_model): inputs of the layers, normalised
+    x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
+    middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
+    middle_stats: list
+    hidden: list  # L tensors (C * B, d_ff): inside the feed-forwards, computed again
+    left: torch.Tensor  # (2, N, C * L, mem_len + C)
+    right: torch.Tensor  # (2, N, C * L, d_head)
+    errors: list  # for each step and layer those at output, middle, query, hidden
+
+
+def prepare(steps, layers, kept, mem_len):
+    """A Block for a slice of steps: normalised inputs, hidden states, and the queries."""
+    middles, (B, H, d_head, _) = kept.middles[steps], kept.keys.shape
+    (C, L), N = middles.shape[:2], B * H
+    x_hat, *x_stats = normalise(kept.states[steps, :L])
+    middle_hat, *middle_stats = normalise(middles)
+    hidden = [
+        torch.addmm(b_1, middle_hat[:, l].flatten(0, 1), W_1.T).relu_()
+        for l, (_, _, _, W_1, b_1, _, _) in enumerate(layers)
+    ]
+    left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
+    right = kept.keys.new_empty(2, N, C * L, d_head)
+    right[0] = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
+    return Block(x_hat, x_stats, middle_hat, middle_stats, hidden, left, right, [])
+
+
+def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
+    """A slice of steps backwards, then the products of their signals."""
+    (B, H, _, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
+    block = prepare(steps, layers, kept, mem_len)
+    slopes = torch.stack(block.hidden).sign().unflatten(1, (C, B)).transpose(0, 1)
+    at_middle = kept.middles[steps], *block.middle_stats
+    inputs = slopes, *at_middle, kept.states[steps], *block.x_stats
+    vector_stats = normalise(kept.vectors[steps])[1:]
+    *shares, share_of_output = alpha.tolist()
+    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
+    for r in reversed(range(C)):
+        t, row = steps.start + r, slice(r * L, (r + 1) * L)
+        sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
+        stats = (stat[r] for stat in vector_stats)
+        sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
+        g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
+        weights = kept.attention[t * L : (t + 1) * L]
+        rows = list(zip(weights, *(tensor[r].unbind() for tensor in inputs)))
+        keys, values = kept.seen(t, positions)
+        sums.x[t], errors, g_scores, g_heads = step_back(
+            g, sums.vectors[t], shares, layers, rows, keys, values
+        )
+        block.errors.insert(0, errors)
+        columns = slice(mem_len + r - values.size(1), mem_len + r)
+        torch.cat(g_scores, dim=1, out=block.left[0, :, row, columns])
+        torch.cat(weights, dim=1, out=block.left[1, :, row, columns])
+        torch.cat(g_heads, dim=1, out=block.right[1, :, row])
+        left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
+        near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+    add_products(first, block, kept.heads[steps], sums)
+
+
+def add_products(first, block, heads, sums):
+    """The sums over a block's steps: for old keys and values, positions, and weights."""
+    left, right, (C, L) = block.left, block.right, heads.shape[:2]
+    mem_len, N = sums.positions.size(1), left.size(1)
+    old = min(first, mem_len)  # slots before the block that it has seen
+    far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
+    sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
+
+    width = mem_len + C  # a step is L rows, and the ages of the next begin a column later
+    strides = (C * L * width, L * width + 1, width, 1)
+    by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
+    sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
+    for l, (W_q, b_q, W_o, W_1, b_1, W_2, b_2) in enumerate(sums.layers):
+        at_layer = (step[l] for step in block.errors)
+        output, middle, query, hidden = (torch.cat(errors) for errors in zip(*at_layer))
+        W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
+        W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
+        W_1.addmm_(hidden.T, block.middle_hat[:, l].flatten(0, 1))
+        W_2.addmm_(output.T, block.hidden[l])
+        for bias, errors in [(b_q, query), (b_1, hidden), (b_2, output)]:
+            bias += errors.sum(dim=0)
+
+
+class Segment(Function):
+    """A segment for autograd.
+
+    x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
+    alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
+    and memory vectors (B, T, d_model), keys and values with T more slots. Only the outputs
+    can be differentiated: vectors, keys and values are to be read.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)
+    def forward(ctx, x, keys, values, alpha, positions, W_kv, b_kv, *weights):
+        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
+        kept = run(x, keys, values, alpha, positions, W_kv, b_kv, layers)
+        ctx.save_for_backward(alpha, positions, W_kv, *weights, *kept[:7], *kept.attention)
+        ctx.n_weights = len(weights)
+        read = kept.vectors.transpose(0, 1), kept.keys, kept.values
+        ctx.mark_non_differentiable(*read)
+        return kept.states[:, -1].transpose(0, 1), *read
+
+    @staticmethod
+    @custom_bwd(device_type="cuda")
+    def backward(ctx, g, *_):
+        alpha, positions, W_kv, *saved = ctx.saved_tensors
+        weights, saved = saved[: ctx.n_weights], saved[ctx.n_weights :]
+        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
+        kept = Kept(*saved[:7], saved[7:])
+        T, (B, H, d_head, S) = len(kept.states), kept.keys.shape
+        sums = Sums(
+            torch.empty_like(kept.vectors),
+            torch.empty_like(kept.vectors),
+            g.new_empty(T, B, len(W_kv)),
+            g.new_zeros(2 * B * H, S, d_head),
+            torch.zeros_like(positions),
+            [[torch.zeros_like(w) for w in layer] for layer in layers],
+        )
+        g = g.transpose(0, 1)  # (T, B, d_model)
+        for start in reversed(range(0, T, BLOCK)):
+            steps = slice(start, min(start + BLOCK, T))
+            block_back(steps, g, alpha, positions, W_kv, layers, kept, sums)
+        g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
+        g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
+        g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
+        g_past = sums.x.transpose(0, 1), g_keys.mT, g_values
+        g_weights = (w for layer in sums.layers for w in layer)
+        return *g_past, g_alpha, sums.positions, g_W_kv, sums.new.sum((0, 1)), *g_weights

@@ -1,0 +1,204 @@
+"""Feedback Transformer: one memory, made of all layers, read by all layers.
+
+Fan et al., "Addressing Some Limitations of Transformers with Feedback Memory", 2020
+(arXiv 2002.09402). Each step leaves one memory vector, a mixture of what its layers have
+worked out; each layer of each later step attends to these vectors (section 3.2). So
+the lowest layer of now sees the highest layer of before, and steps must wait for steps.
+
+Letters in the shape comments: B batch, T tokens in the segment, M vectors in memory,
+K vectors that a step sees, at most mem_len, L layers, H heads, d_model = H * d_head.
+"""
+
+import torch
+from torch import nn
+
+from memtx_minimal.feedback_segment import Segment
+
+
+class Layer(nn.Module):
+    """One layer at one step: attention to memory, feed-forward; a residual around each."""
+
+    def __init__(self, d_model, n_heads, d_ff, dropout):
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
+        )
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feed_forward = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def attention(self, x, keys, values):
+        """x (B, d_model), keys (B, H, d_head, K), values (B, H, K, d_head) -> like x."""
+        q = self.query(x).unflatten(-1, (self.n_heads, 1, -1))  # (B, H, 1, d_head)
+        scores = q.size(-1) ** -0.5 * q @ keys  # (B, H, 1, K)
+        weights = self.dropout(scores.softmax(dim=-1))
+        return self.out((weights @ values).flatten(1))  # (B, d_model)
+
+    def forward(self, x, keys, values):
+        """x (B, d_model) and what the step sees -> the step's new state (B, d_model)."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), keys, values))
+        return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
+
+
+class Memory(nn.Module):
+    """From the states of a step to a memory vector, and from there to keys and values."""
+
+    def __init__(self, d_model, n_heads, n_layers, mem_len, shared_kv):
+        super().__init__()
+        self.n_heads = n_heads
+        self.layer_weights = nn.Parameter(torch.zeros(n_layers + 1))
+        self.norm = nn.LayerNorm(d_model)
+        n_kv = 1 if shared_kv else n_layers
+        self.key_value = nn.Linear(d_model, n_kv * 2 * d_model, bias=False)
+        self.positions = nn.Parameter(torch.randn(d_model // n_heads, mem_len))
+
+    def vector(self, states):
+        """The mixture: L + 1 states (B, d_model), embedding first -> (B, d_model)."""
+        weights = self.layer_weights.softmax(dim=0)
+        return torch.einsum("l,lbd->bd", weights, torch.stack(states))
+
+    def keys_values(self, vectors):
+        """(B, n, d_model) -> (n_kv, B, H, d_head, n) keys, (n_kv, B, H, n, d_head) values."""
+        kv = self.key_value(self.norm(vectors))  # (B, n, n_kv * 2 * d_model)
+        kv = kv.unflatten(-1, (-1, 2, self.n_heads, len(self.positions)))
+        keys, values = kv.permute(3, 2, 0, 4, 1, 5)  # (n_kv, B, H, n, d_head) each
+        return keys.mT, values
+
+    def seen(self, keys, values, mem_len):
+        """The latest mem_len keys and values. Each key has the vector of its age added."""
+        n = keys.size(-1)
+        K = min(n, mem_len)
+        positions = self.positions[:, self.positions.size(1) - K :]  # ages K ... 1
+        return keys[..., n - K :] + positions, values[..., n - K :, :]
+
+
+def step(model, x, keys, values):
+    """One token x (B, d_model) -> its output and its memory vector, (B, d_model) each."""
+    keys, values = model.memory.seen(keys, values, model.mem_len)
+    states = [x]
+    for n, layer in enumerate(model.layers):
+        n_kv = n % len(keys)  # 0 where the layers share keys and values
+        states.append(layer(states[-1], keys[n_kv], values[n_kv]))
+    return states[-1], model.memory.vector(states)
+
+
+def loop(model, x, keys, values):
+    """Step by step: x (B, T, d_model) -> outputs, vectors, keys and values with T more."""
+    outputs, vectors = [], []
+    for x_t in x.unbind(dim=1):
+        output, vector = step(model, x_t, keys, values)
+        new_keys, new_values = model.memory.keys_values(vector[:, None])
+        keys = torch.cat([keys, new_keys], dim=-1)
+        values = torch.cat([values, new_values], dim=-2)
+        outputs.append(output)
+        vectors.append(vector)
+    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
+
+
+def recall(model, memory, x):
+    """The caller's memory -> its vectors (None if it has none), its keys and values."""
+    ages, cached = model.memory.positions.size(1), isinstance(memory, tuple)
+    if not 1 <= model.mem_len <= ages:
+        raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
+    if cached and torch.is_grad_enabled():
+        raise ValueError("a memory made under no_grad does not train: start with None")
+    memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
+    streams = memory[0].size(1) if cached else len(memory)
+    if streams != len(x):
+        raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
+    return (None, *memory) if cached else (memory, *model.memory.keys_values(memory))
+
+
+class FeedbackTransformer(nn.Module):
+    """A language model whose every layer reads one memory of what all layers found before.
+
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. Pass None at the start
+    of a stream. With gradients memory is the latest mem_len vectors, (B, M, d_model),
+    detached; without, it is a tuple, their keys and values. mem_len may be lowered at any
+    time. shared_kv: one projection to keys and values for all layers, or one for each.
+    by_hand: the backward pass of feedback_segment.py, where it applies (shared_kv, no
+    dropout at work), or always autograd's.
+    """
+
+    def __init__(
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512,
+        mem_len=64, shared_kv=True, by_hand=True, dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        if d_model % n_heads or mem_len < 1:
+            raise ValueError(f"{d_model=} must be a multiple of {n_heads=}, {mem_len=} >= 1")
+        self.mem_len, self.shared_kv, self.by_hand = mem_len, shared_kv, by_hand
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
+        self.memory = Memory(d_model, n_heads, n_layers, mem_len, shared_kv)
+        self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
+
+    def forward(self, tokens, memory=None):
+        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
+        vectors, keys, values = recall(self, memory, x)
+        dropout = self.training and self.dropout.p > 0
+        by_hand = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
+        run_steps = segment if by_hand else loop
+        outputs, new, keys, values = run_steps(self, x, keys, values)
+        first = max(0, keys.size(-1) - self.mem_len)
+        if torch.is_grad_enabled():
+            memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
+        else:
+            memory = keys[..., first:].clone(), values[..., first:, :].clone()
+        return self.head(self.norm(outputs)), memory
+
+
+def fold(norm, linear, scale=1.0):
+    """A norm's gain and shift as part of the weights behind it: weights and bias."""
+    bias = linear.weight @ norm.bias
+    bias = bias if linear.bias is None else bias + linear.bias
+    return scale * linear.weight * norm.weight, scale * bias
+
+
+def segment(model, x, keys, values):
+    """What loop does, as one operation whose backward pass is written by hand."""
+    memory, weights = model.memory, []
+    for layer in model.layers:
+        inner, _, outer = layer.feed_forward
+        scale = len(memory.positions) ** -0.5
+        weights += fold(layer.norm_attention, layer.query, scale)
+        weights += [layer.out.weight, *fold(layer.norm_feed_forward, inner)]
+        weights += [outer.weight, outer.bias]
+    outputs, vectors, keys, values = Segment.apply(
+        x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
+        memory.positions[:, memory.positions.size(1) - model.mem_len :],
+        *fold(memory.norm, memory.key_value), *weights,
+    )  # fmt: skip
+    return outputs, vectors, keys[None], values[None]
+
+
+@torch.no_grad()
+def start_from_parallel(model, vanilla):
+    """Copy the weights of a trained VanillaTransformer of the same sizes into model.
+
+    A layer's projection to keys and values is copied with the gain of the norm before it;
+    where the layers share one, it is the mean of theirs. Vanilla knows no ages and no
+    mixture of layers: the positions and the layer weights stay as they are.
+    """
+    if len(model.layers) != len(vanilla.layers):
+        sizes = f"{len(vanilla.layers)} layers, model {len(model.layers)}"
+        raise ValueError(f"vanilla has {sizes}: build both with the same n_layers")
+    for name in ("embedding", "norm", "head"):
+        getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
+    projections = []
+    for ours, theirs in zip(model.layers, vanilla.layers):
+        W_q, *W_kv = theirs.attention.query_key_value.weight.chunk(3)
+        ours.query.weight.copy_(W_q)
+        ours.out.load_state_dict(theirs.attention.out.state_dict())
+        for name in ("feed_forward", "norm_attention", "norm_feed_forward"):
+            getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+        projections.append(torch.cat(W_kv) * theirs.norm_attention.weight)
+    W_kv = torch.stack(projections)  # (L, 2 * d_model, d_model)
+    model.memory.norm.reset_parameters()
+    weight = model.memory.key_value.weight
+    weight.copy_(W_kv.mean(dim=0) if model.shared_kv else W_kv.flatten(0, 1))

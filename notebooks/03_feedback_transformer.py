@@ -1,0 +1,1499 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. The Feedback Transformer: let the bottom see the top
+
+# %% [markdown] tags=["badges"]
+# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/03_feedback_transformer.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/03_feedback_transformer.ipynb)
+
+# %% [markdown]
+# In a transformer, layer 1 never learns what layer 4 found out, not even one token later. Each
+# layer sees only the layer below it, so a thought can be carried on for as many steps as there
+# are layers, and then it ends. The **Feedback Transformer** ([Fan et al.,
+# 2020](https://arxiv.org/abs/2002.09402)) lifts this limit: at each token the outputs of *all*
+# layers are mixed into one memory vector, and *every* layer of every later token attends to these
+# vectors. The price is that tokens can no longer be computed side by side. The chapter shows what
+# one gains, and how to keep the price low.
+#
+# **When you have read it, you can**
+# - say what a transformer of fixed depth cannot compute, and show it in an experiment;
+# - write a transformer with feedback memory, with keys and values for each layer or shared;
+# - write a backward pass by hand for a whole segment of a recurrent model, and test it;
+# - shorten its training with the two aids of the paper, and measure what generation and memory
+# cost.
+#
+# **You need** PyTorch, and attention with queries, keys and values. Chapter 1 helps, and is not
+# needed.
+#
+# **Time and memory.** The budget of the whole notebook is 8 minutes and 2 GiB on two CPU cores.
+# It trains some twenty small models while you read. The last cell prints what it took on your
+# machine.
+
+# %% tags=["colab-install"]
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.check_call([*pip, "pooch", "git+https://github.com/memtx-minimal/memtx-minimal"])
+
+# %%
+import math
+import time
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd import Function
+
+from memtx_minimal import corpora, figures, measure, tasks, training
+from memtx_minimal.transformer_xl import TransformerXL
+from memtx_minimal.vanilla_transformer import VanillaTransformer
+
+started = time.perf_counter()
+figures.use_style()
+device = training.best_device()
+SEED = 0
+print(f"PyTorch {torch.__version__} on {device}")
+
+# %% [markdown]
+# One legend of letters for all the shapes in this course:
+#
+# | letter | meaning | letter | meaning |
+# | --- | --- | --- | --- |
+# | `B` | batch: texts side by side | `H` | attention heads |
+# | `T` | tokens in the segment | `d_model` | width of a hidden state |
+# | `M` | vectors in memory | `d_head` | width of a head, `d_model / H` |
+# | `K` | keys: what a step may see | `L` | layers |
+#
+# And one picture of the idea: who may look at whom. Positions run across, layers go up. Blue is
+# computed now. Orange was computed earlier and is read. Look at where the lines to layer 1 come
+# from.
+
+# %%
+def unrolled_feedback(axes, n_layers, n_positions, now):
+    """Feedback memory: each step mixes its states into one vector, on top; each layer reads the vectors."""
+    top = n_layers + 1
+    for i in range(now + 1):
+        color = figures.BLUE if i == now else figures.GREY
+        axes.plot([i] * (top + 1), range(top + 1), color=color, linewidth=2.5, zorder=0)
+    for j in range(now):
+        for layer in range(1, top):
+            axes.plot([j, now], [top, layer], color=figures.ORANGE, linewidth=0.9, alpha=0.55, zorder=1)
+    for layer in range(top):
+        colors = [figures.BLUE if i == now else figures.GREY for i in range(n_positions)]
+        axes.scatter(range(n_positions), [layer] * n_positions, s=60, color=colors, zorder=2)
+    axes.scatter(range(now), [top] * now, s=80, marker="s", color=figures.ORANGE, zorder=2)
+    axes.scatter([now], [top], s=80, marker="s", color=figures.BLUE, zorder=2)
+    names = ["text", *(f"layer {n}" for n in range(1, top)), "memory"]
+    axes.set_yticks(range(top + 1), labels=names)
+    axes.set(title="Feedback: all layers of now read all layers of before", xticks=[])
+    axes.set(xlim=(-0.7, n_positions - 0.3), ylim=(-0.4, top + 0.4))
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+# %%
+figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.2))
+figures.unrolled(
+    axes[0], 3, 8, now=range(4, 8), sees=lambda i: range(4, i + 1),
+    title="Vanilla: the layer below, in the window",
+)
+figures.unrolled(
+    axes[1], 3, 8, now=range(4, 8), cached=range(4), sees=lambda i: range(i + 1),
+    title="Transformer-XL: the layer below, and its past",
+)
+unrolled_feedback(axes[2], 3, 8, now=7)
+figures.show(
+    figure,
+    "Three networks unrolled over the text. Vanilla: each layer sees the layer below within the window. "
+    "Transformer-XL: the same, and remembered states of the layer below. Feedback: each earlier step has one "
+    "memory square above its layers, and lines lead from all squares down to every layer of the current step.",
+)
+
+# %% [markdown]
+# ## 3.1 The problem: depth is the only clock
+#
+# A ball lies under the first of five cups. Each token swaps two cups. After each swap, where is
+# the ball? The task is simple for anyone with a memory of one number: keep the place, update it
+# at each swap. And there is hardly another way, since swaps do not commute: you cannot count
+# them.
+
+# %%
+pairs = torch.combinations(torch.arange(5))  # (10, 2): what the ten tokens mean
+tokens, targets, _ = next(tasks.cups(batch_size=1, segment_len=8, seed=SEED))
+for token, cup in zip(tokens[0], targets[0]):
+    a, b = pairs[token].tolist()
+    print(f"token {token}: swap cups {a} and {b}   the ball is now under cup {cup}")
+
+# %% [markdown]
+# Now give it to a vanilla transformer of four layers. It learns from short games first and then
+# from longer ones, up to 32 swaps; a later section asks whether such lessons help.
+
+# %%
+GAMES = dict(vocab_size=len(pairs), d_model=64, n_heads=4, d_ff=256)
+LESSONS = [(2, 80, 1e-2), (4, 160, 1e-2), (8, 120, 5e-3), (16, 60, 2e-3), (32, 40, 1e-3)]
+
+
+def learn(model, lessons, scale=1.0):
+    """Train on games: lessons is a list of (length of a game, steps, learning rate)."""
+    for length, steps, lr in lessons:
+        games = tasks.cups(batch_size=128, segment_len=length, seed=1000 * SEED + length)
+        training.train(model, games, steps=steps, lr=scale * lr, warmup=20, clip=0.1)
+
+
+@torch.no_grad()
+def accuracy(model, length=32):
+    """Share of right answers after each swap, in new games, (length,)."""
+    tokens, targets, _ = next(tasks.cups(batch_size=1000, segment_len=length, seed=10**6 + SEED))
+    guesses = model.eval()(tokens.to(device))[0].argmax(dim=-1).cpu()  # (1000, length)
+    return (guesses == targets).float().mean(dim=0)
+
+
+torch.manual_seed(SEED)
+deep = VanillaTransformer(**GAMES, n_layers=4, max_len=32).to(device)
+learn(deep, LESSONS, scale=0.3)  # at the full rates it does worse
+found = {"vanilla, 4 layers": accuracy(deep)}
+
+# %%
+figure, axes = plt.subplots()
+figures.curves(axes, range(1, 33), found, marker="o", xlabel="swaps so far", ylabel="share of right answers")
+axes.axhline(0.2, color="black", linestyle=":")
+axes.set(ylim=(0, 1.03), title="Four layers lose the ball (cups)")
+figures.show(
+    figure,
+    "Share of right answers by number of swaps for the vanilla model with four layers: right after the first "
+    "swaps, then falling towards the dotted line of pure guessing at one in five.",
+)
+print(f"right answers over all positions: {found['vanilla, 4 layers'].mean():.2f}")
+assert found["vanilla, 4 layers"].mean() < 0.6 and found["vanilla, 4 layers"][-1] < 0.4
+
+# %% [markdown]
+# It follows a few swaps and then guesses. (The dotted line is pure guessing.) A state of layer
+# $l$ depends on states of layer $l-1$: every update of the ball's place takes a layer, and there
+# are only four. The model has 32 tokens of text, and four ticks of a clock.
+#
+# ## 3.2 One memory for all layers
+#
+# Let $x_t^0$ be the embedding of token $t$, and $x_t^1 \ldots x_t^L$ the outputs of the layers.
+# The paper changes what layer $l$ attends to. No longer the layer below, but memory vectors of
+# the steps before:
+#
+# $$
+# z_t^l = \text{Attention}\left(x_t^{l-1},\; \left[m_{t-\tau}, \ldots, m_{t-1}\right]\right) , \qquad
+# m_t = \sum_{l=0}^{L} \text{softmax}(w)_l \; x_t^l .
+# $$
+#
+# $\tau$ is the length of the memory, `mem_len` in the code, and $w$ are $L+1$ learned numbers,
+# one set for the whole model. The attention ends at $m_{t-1}$: step $t$ cannot read its own
+# memory vector, which does not exist yet.
+#
+# The layer is an ordinary one, except that it looks at *one* step, and that it is handed its keys
+# and values. The keys arrive with `d_head` before `K`, ready for the product.
+
+# %% tags=["from-module"]
+class Layer(nn.Module):
+    """One layer at one step: attention to memory, feed-forward; a residual around each."""
+
+    def __init__(self, d_model, n_heads, d_ff, dropout):
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
+        )
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feed_forward = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def attention(self, x, keys, values):
+        """x (B, d_model), keys (B, H, d_head, K), values (B, H, K, d_head) -> like x."""
+        q = self.query(x).unflatten(-1, (self.n_heads, 1, -1))  # (B, H, 1, d_head)
+        scores = q.size(-1) ** -0.5 * q @ keys  # (B, H, 1, K)
+        weights = self.dropout(scores.softmax(dim=-1))
+        return self.out((weights @ values).flatten(1))  # (B, d_model)
+
+    def forward(self, x, keys, values):
+        """x (B, d_model) and what the step sees -> the step's new state (B, d_model)."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), keys, values))
+        return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
+
+# %%
+torch.manual_seed(SEED)
+layer = Layer(d_model=16, n_heads=2, d_ff=32, dropout=0.0)
+x = torch.randn(3, 16)  # (B, d_model): one step of three texts
+for K in (0, 5):
+    out = layer(x, keys=torch.randn(3, 2, 8, K), values=torch.randn(3, 2, K, 8))
+    print(f"K = {K}: x", tuple(x.shape), "-> out", tuple(out.shape))
+
+# %% [markdown]
+# With `K = 0` there is nothing to attend to, and attention adds nothing: that is the first step
+# of a text.
+#
+# ### The memory
+#
+# `vector` is the mixture above. `keys_values` makes keys and values from memory vectors. Two
+# details count. The vectors are **normalised first**, as the states in a pre-LN layer are. And
+# `shared_kv` decides whether all layers share one projection to keys and values. In the paper's
+# first version each layer has its own; its second version shares one, so that each vector is
+# projected *once* and the cache holds one key and one value for each token, whatever the depth.
+#
+# `seen` picks the window and tells the order. The score of a query with the key of age $a = t -
+# j$ is
+#
+# $$
+# \frac{1}{\sqrt{d_{\text{head}}}}\; q^\top \left(k_j + p_a\right) ,
+# $$
+#
+# with one learned vector $p_a$ for each age, shared by all layers and heads, as in the authors'
+# released code. Without $p$ the memory would be a set: attention has no other way to tell
+# yesterday from last year.
+
+# %% tags=["from-module"]
+class Memory(nn.Module):
+    """From the states of a step to a memory vector, and from there to keys and values."""
+
+    def __init__(self, d_model, n_heads, n_layers, mem_len, shared_kv):
+        super().__init__()
+        self.n_heads = n_heads
+        self.layer_weights = nn.Parameter(torch.zeros(n_layers + 1))
+        self.norm = nn.LayerNorm(d_model)
+        n_kv = 1 if shared_kv else n_layers
+        self.key_value = nn.Linear(d_model, n_kv * 2 * d_model, bias=False)
+        self.positions = nn.Parameter(torch.randn(d_model // n_heads, mem_len))
+
+    def vector(self, states):
+        """The mixture: L + 1 states (B, d_model), embedding first -> (B, d_model)."""
+        weights = self.layer_weights.softmax(dim=0)
+        return torch.einsum("l,lbd->bd", weights, torch.stack(states))
+
+    def keys_values(self, vectors):
+        """(B, n, d_model) -> (n_kv, B, H, d_head, n) keys, (n_kv, B, H, n, d_head) values."""
+        kv = self.key_value(self.norm(vectors))  # (B, n, n_kv * 2 * d_model)
+        kv = kv.unflatten(-1, (-1, 2, self.n_heads, len(self.positions)))
+        keys, values = kv.permute(3, 2, 0, 4, 1, 5)  # (n_kv, B, H, n, d_head) each
+        return keys.mT, values
+
+    def seen(self, keys, values, mem_len):
+        """The latest mem_len keys and values. Each key has the vector of its age added."""
+        n = keys.size(-1)
+        K = min(n, mem_len)
+        positions = self.positions[:, self.positions.size(1) - K :]  # ages K ... 1
+        return keys[..., n - K :] + positions, values[..., n - K :, :]
+
+# %%
+torch.manual_seed(SEED)
+small = Memory(d_model=16, n_heads=2, n_layers=3, mem_len=5, shared_kv=True)
+states = [torch.randn(1, 16) for _ in range(4)]  # the embedding and three layers
+vectors = torch.stack([small.vector(states)] * 7, dim=1)  # (B, 7, d_model): seven steps, all alike
+keys, values = small.keys_values(vectors)
+print("keys", tuple(keys.shape), " values", tuple(values.shape))
+keys, values = small.seen(keys, values, mem_len=5)
+print("seen", tuple(keys.shape), "       ", tuple(values.shape))
+assert torch.allclose(small.vector(states), torch.stack(states).mean(dim=0))  # w = 0: a plain mean
+
+# %% [markdown]
+# Equal vectors have equal keys, but not once the ages are added:
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.8), sharey=True)
+before = small.keys_values(vectors)[0][0, 0, 0].detach()  # (d_head, 7)
+figures.matrix(axes[0], before, title="keys of equal vectors", xlabel="slot", ylabel="dimension")
+figures.matrix(axes[1], keys[0, 0, 0].detach(), title="as they are seen", xlabel="age", ylabel="")
+axes[1].set_xticks(range(5), labels=range(5, 0, -1))
+figures.show(
+    figure,
+    "Two heat maps of keys. Left: seven equal columns. Right: the latest five with the vector of their age "
+    "added, and no two columns are alike.",
+)
+
+# %% [markdown]
+# ### Step after step
+#
+# One token goes up through all layers and leaves one memory vector. A segment is one token after
+# the other.
+
+# %% tags=["from-module"]
+def step(model, x, keys, values):
+    """One token x (B, d_model) -> its output and its memory vector, (B, d_model) each."""
+    keys, values = model.memory.seen(keys, values, model.mem_len)
+    states = [x]
+    for n, layer in enumerate(model.layers):
+        n_kv = n % len(keys)  # 0 where the layers share keys and values
+        states.append(layer(states[-1], keys[n_kv], values[n_kv]))
+    return states[-1], model.memory.vector(states)
+
+# %% tags=["from-module"]
+def loop(model, x, keys, values):
+    """Step by step: x (B, T, d_model) -> outputs, vectors, keys and values with T more."""
+    outputs, vectors = [], []
+    for x_t in x.unbind(dim=1):
+        output, vector = step(model, x_t, keys, values)
+        new_keys, new_values = model.memory.keys_values(vector[:, None])
+        keys = torch.cat([keys, new_keys], dim=-1)
+        values = torch.cat([values, new_values], dim=-2)
+        outputs.append(output)
+        vectors.append(vector)
+    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
+
+# %% [markdown]
+# What is the memory between two calls? While you train, it is the **vectors** $m$. Their keys and
+# values are computed again at the start of the next segment: no gradient flows into the old
+# vectors, but the projections still learn from them. Without gradients, it is the **keys and
+# values themselves**, and nothing is ever computed twice. `recall` takes either.
+
+# %% tags=["from-module"]
+def recall(model, memory, x):
+    """The caller's memory -> its vectors (None if it has none), its keys and values."""
+    ages, cached = model.memory.positions.size(1), isinstance(memory, tuple)
+    if not 1 <= model.mem_len <= ages:
+        raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
+    if cached and torch.is_grad_enabled():
+        raise ValueError("a memory made under no_grad does not train: start with None")
+    memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
+    streams = memory[0].size(1) if cached else len(memory)
+    if streams != len(x):
+        raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
+    return (None, *memory) if cached else (memory, *model.memory.keys_values(memory))
+
+# %% [markdown]
+# The model holds it together, and keeps the protocol of this course: memory goes in and comes
+# out, detached, never longer than `mem_len`. Do not mind `by_hand` yet.
+
+# %% tags=["from-module"]
+class FeedbackTransformer(nn.Module):
+    """A language model whose every layer reads one memory of what all layers found before.
+
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. Pass None at the start
+    of a stream. With gradients memory is the latest mem_len vectors, (B, M, d_model),
+    detached; without, it is a tuple, their keys and values. mem_len may be lowered at any
+    time. shared_kv: one projection to keys and values for all layers, or one for each.
+    by_hand: the backward pass of feedback_segment.py, where it applies (shared_kv, no
+    dropout at work), or always autograd's.
+    """
+
+    def __init__(
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512,
+        mem_len=64, shared_kv=True, by_hand=True, dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        if d_model % n_heads or mem_len < 1:
+            raise ValueError(f"{d_model=} must be a multiple of {n_heads=}, {mem_len=} >= 1")
+        self.mem_len, self.shared_kv, self.by_hand = mem_len, shared_kv, by_hand
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
+        self.memory = Memory(d_model, n_heads, n_layers, mem_len, shared_kv)
+        self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
+
+    def forward(self, tokens, memory=None):
+        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
+        vectors, keys, values = recall(self, memory, x)
+        dropout = self.training and self.dropout.p > 0
+        by_hand = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
+        run_steps = segment if by_hand else loop
+        outputs, new, keys, values = run_steps(self, x, keys, values)
+        first = max(0, keys.size(-1) - self.mem_len)
+        if torch.is_grad_enabled():
+            memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
+        else:
+            memory = keys[..., first:].clone(), values[..., first:, :].clone()
+        return self.head(self.norm(outputs)), memory
+
+# %%
+torch.manual_seed(SEED)
+tiny = FeedbackTransformer(10, d_model=16, n_heads=2, n_layers=3, d_ff=32, mem_len=6, by_hand=False)
+text = torch.randint(10, (2, 12))  # (B, 12)
+memory = None
+for segment_ in text.split(4, dim=1):
+    logits, memory = tiny(segment_, memory)
+    print("training:   logits", tuple(logits.shape), " memory", tuple(memory.shape))
+with torch.no_grad():
+    logits, (keys, values) = tiny(text)
+print("generating: logits", tuple(logits.shape), " keys", tuple(keys.shape), " values", tuple(values.shape))
+
+# %% [markdown]
+# Every step sees the latest `mem_len` vectors, and it does not matter where the text was cut:
+# token by token, in segments, or all at once.
+
+# %%
+@torch.no_grad()
+def read(model, text, segment_len):
+    """Logits of a text (B, N), read in segments, with memory from one to the next."""
+    memory, logits = None, []
+    for part in text.split(segment_len, dim=1):
+        out, memory = model(part, memory)
+        logits.append(out)
+    return torch.cat(logits, dim=1)  # (B, N, vocab_size)
+
+
+tiny = tiny.double()
+whole = read(tiny, text, 12)
+for segment_len in (1, 3, 5):
+    difference = (read(tiny, text, segment_len) - whole).abs().max()
+    print(f"segments of {segment_len}: largest difference {difference:.1e}")
+    assert difference < 1e-12
+
+# %% [markdown]
+# How far back does a prediction feel a change? In chapter 1 it was layers times memory, and no
+# further. Here the memory vectors themselves were made by looking at memory. So a change is
+# handed on from step to step, even with one layer and a memory of two vectors:
+
+# %%
+@torch.no_grad()
+def felt(mem_len, n_layers, n=10):
+    """How much a change of each token of a text changes the last logits, (n,)."""
+    torch.manual_seed(SEED)
+    model = FeedbackTransformer(10, 16, 2, n_layers, 32, mem_len=mem_len, by_hand=False).double()
+    tokens = torch.randint(10, (1, n))
+    changed = (tokens + torch.eye(n, dtype=torch.int64)) % 10  # (n, n): row p differs at position p
+    difference = model(changed)[0][:, -1] - model(tokens)[0][:, -1]  # (n, vocab_size)
+    return difference.abs().amax(dim=1)
+
+
+reach = {f"M = {M}, L = {L}": felt(M, L) for M, L in [(1, 1), (2, 1), (2, 3)]}
+figure, axes = plt.subplots()
+figures.curves(
+    axes, range(1, 11), reach, marker="o",
+    xlabel="position in the text (tokens)", ylabel="change of the last logits",
+)
+axes.set(yscale="log", title="Every token before is felt (untrained models)")
+figures.show(
+    figure,
+    "Change of the last logits when one token changes, by its position, on a logarithmic scale, for three "
+    "models. All positions are felt, the far ones less, even with a memory of one vector and one layer.",
+)
+assert all((change > 1e-12).all() for change in reach.values())  # more than rounding
+
+# %% [markdown]
+# ## 3.3 Three ways to the same gradient
+#
+# The loop has a price. A vanilla transformer computes all positions of a layer in one matrix
+# product; here `T` steps wait for each other. The paper's answer is to make each step cheap. We
+# go further, in three stages that give the same numbers.
+#
+# **The first way** is the loop that one writes first. Every layer of every step makes keys and
+# values of the whole memory again.
+
+# %%
+def plain_loop(model, tokens):
+    """Logits (B, T, vocab_size); keys and values are made anew in each layer of each step."""
+    vectors, logits = [], []
+    for x in model.embedding(tokens).unbind(dim=1):
+        states = [x]
+        memory = torch.stack(vectors, dim=1) if vectors else x[:, None][:, :0]  # (B, t, d_model)
+        for layer in model.layers:
+            keys, values = model.memory.seen(*model.memory.keys_values(memory), model.mem_len)
+            states.append(layer(states[-1], keys[0], values[0]))
+        vectors.append(model.memory.vector(states))
+        logits.append(model.head(model.norm(states[-1])))
+    return torch.stack(logits, dim=1)
+
+# %% [markdown]
+# **The second way** is `loop` above: a vector's key and value are made once, when the vector is
+# made, and kept.
+#
+# **The third way** keeps the loop and takes autograd out of it. Autograd records every little
+# product of every step, and replays the record backwards: for each step and layer it multiplies
+# small matrices for the errors *and* small matrices for the gradients of the weights. But only
+# the errors have to go step by step. The gradient of a weight, such as $W_q$, is a sum over all
+# steps,
+#
+# $$
+# \frac{\partial \mathcal L}{\partial W_q} = \sum_t g_t\, \hat x_t^\top ,
+# $$
+#
+# where $g_t$ is the error at the query of step $t$ and $\hat x_t$ the normalised input. Keep the
+# $g_t$, put them side by side, and the sum is *one* large matrix product. The same goes for the
+# keys: the error at $k_j$ is a sum over all later steps and all layers of (error at the score)
+# times (query).
+#
+# So the whole segment becomes one operation for autograd, a `torch.autograd.Function`, with its
+# own backward pass. To keep it short, each norm does nothing but normalise: its gain and shift go
+# into the weights behind it, by `fold`.
+
+# %% tags=["from-module"]
+def fold(norm, linear, scale=1.0):
+    """A norm's gain and shift as part of the weights behind it: weights and bias."""
+    bias = linear.weight @ norm.bias
+    bias = bias if linear.bias is None else bias + linear.bias
+    return scale * linear.weight * norm.weight, scale * bias
+
+# %% tags=["from-module"]
+def segment(model, x, keys, values):
+    """What loop does, as one operation whose backward pass is written by hand."""
+    memory, weights = model.memory, []
+    for layer in model.layers:
+        inner, _, outer = layer.feed_forward
+        scale = len(memory.positions) ** -0.5
+        weights += fold(layer.norm_attention, layer.query, scale)
+        weights += [layer.out.weight, *fold(layer.norm_feed_forward, inner)]
+        weights += [outer.weight, outer.bias]
+    outputs, vectors, keys, values = Segment.apply(
+        x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
+        memory.positions[:, memory.positions.size(1) - model.mem_len :],
+        *fold(memory.norm, memory.key_value), *weights,
+    )  # fmt: skip
+    return outputs, vectors, keys[None], values[None]
+
+# %% [markdown]
+# The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every
+# step leaves signals, and a block of steps is as many as are worth one large product.
+
+# %%
+BLOCK = 16  # steps in a block
+
+# %% [markdown]
+# Layer norm, forwards and backwards, each as one operation of PyTorch. `g` is always an error:
+# the gradient of the loss at some place.
+
+# %% tags=["from-module"]
+def normalise(x):
+    """Layer norm without gain and shift; also mean and 1 / deviation, for its backward."""
+    return torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+
+# %% tags=["from-module"]
+def normalise_back(g, x, mean, rstd):
+    """The error at x, from the error g at normalise(x)."""
+    back = torch.ops.aten.native_layer_norm_backward.default
+    return back(g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+
+# %% [markdown]
+# What the steps forwards leave behind. For each step and layer that is the input, the state
+# between attention and feed-forward, the query and the heads. The inner layer of the feed-forward
+# is the largest tensor of all. It is *not* kept: backwards it is computed again, for many steps
+# in one product.
+
+# %% tags=["from-module"]
+class Kept(NamedTuple):
+    """What the steps forwards leave for the steps backwards."""
+
+    states: torch.Tensor  # (T, L + 1, B, d_model): the embedding, the output of each layer
+    middles: torch.Tensor  # (T, L, B, d_model): between attention and feed-forward
+    queries: torch.Tensor  # (T, L, B, d_model)
+    heads: torch.Tensor  # (T, L, B, d_model): out of attention
+    vectors: torch.Tensor  # (T, B, d_model): the memory vectors
+    keys: torch.Tensor  # (B, H, d_head, S)
+    values: torch.Tensor  # (B, H, S, d_head)
+    attention: list  # T * L tensors (N, 1, K)
+
+    def seen(self, t, positions):
+        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
+        end = self.keys.size(3) - len(self.states) + t  # M + t slots are there
+        K = min(end, positions.size(1))
+        keys = self.keys.flatten(0, 1)[..., end - K : end]
+        values = self.values.flatten(0, 1)[:, end - K : end]
+        return keys + positions[:, positions.size(1) - K :], values
+
+# %% [markdown]
+# The steps forwards are the loop that you know, written without modules, into tensors that are
+# there already.
+
+# %% tags=["from-module"]
+def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
+    """The steps forwards, from the keys and values of M old memory vectors.
+
+    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head) -> Kept.
+    """
+    (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
+    kept = Kept(
+        x.new_empty(T, len(layers) + 1, B, d_model),
+        *x.new_empty(3, T, len(layers), B, d_model).unbind(),
+        x.new_empty(T, B, d_model),
+        torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
+        torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
+        [],
+    )
+    kept.states[:, 0] = x.transpose(0, 1)
+    layers = [[w.T if w.dim() == 2 else w for w in layer] for layer in layers]
+    for t, (states, middles, queries, heads, vector) in enumerate(zip(*kept[:5])):
+        keys, values = kept.seen(t, positions)
+        x_t, *outputs = states.unbind()
+        rows = zip(layers, middles.unbind(), queries.unbind(), heads.unbind(), outputs)
+        for (W_q, b_q, W_o, W_1, b_1, W_2, b_2), middle, q, head, output in rows:
+            torch.addmm(b_q, normalise(x_t)[0], W_q, out=q)  # (B, d_model)
+            scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
+            kept.attention.append(scores.softmax(dim=-1))
+            torch.bmm(kept.attention[-1], values, out=head.view(B * H, 1, d_head))
+            torch.addmm(x_t, head, W_o, out=middle)
+            hidden = torch.addmm(b_1, normalise(middle)[0], W_1).relu_()  # (B, d_ff)
+            x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
+        torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
+        new = torch.addmm(b_kv, normalise(vector)[0], W_kv.T).view(B, 2, H, d_head)
+        kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
+    return kept
+
+# %% [markdown]
+# Now one step backwards, from the top layer down. Each line is the line of `run` in reverse. An
+# error reaches a layer's output from the layer above *and*, through the memory vector, from all
+# later steps.
+
+# %% tags=["from-module"]
+def step_back(g, g_vector, alpha, layers, rows, keys, values):
+    """The errors of one step, from its last layer down to its embedding.
+
+    g (B, d_model) at the last output; g_vector at the memory vector, of which the share
+    alpha[l] is the input of layer l. Returns g at the embedding, and lists over the layers:
+    errors at (output, middle, query, hidden), at scores (N, 1, K), at heads (N, 1, d_head).
+    """
+    errors, g_scores, g_heads = [], [], []
+    for layer, share, row in zip(reversed(layers), reversed(alpha), reversed(rows)):
+        W_q, _, W_o, W_1, _, W_2, _ = layer
+        weights, slope, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
+        g_hidden = (g @ W_2).mul_(slope)  # (B, d_ff)
+        g_middle = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd).add_(g)
+        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
+        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
+        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
+        g_q = torch.bmm(g_score, keys.mT).view(g.shape)  # (B, d_model)
+        errors.append((g, g_middle, g_q, g_hidden))
+        g_scores.append(g_score)
+        g_heads.append(g_head)
+        g = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
+        g.add_(g_middle).add_(g_vector, alpha=share)
+    return g, errors[::-1], g_scores[::-1], g_heads[::-1]
+
+# %% tags=["from-module"]
+class Sums(NamedTuple):
+    """The errors that block after block adds to, or fills in."""
+
+    x: torch.Tensor  # (T, B, d_model)
+    vectors: torch.Tensor  # (T, B, d_model)
+    new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
+    slots: torch.Tensor  # (2 * N, S, d_head): keys and values, by slot
+    positions: torch.Tensor  # (d_head, mem_len)
+    layers: list  # the seven weights of each layer
+
+# %% [markdown]
+# The steps go backwards in blocks. `prepare` computes for all steps of a block at once what none
+# of them has to wait for.
+
+# %% tags=["from-module"]
+class Block(NamedTuple):
+    """What C steps need backwards, and the signals that they leave.
+
+    left holds the errors at the scores, and the attention weights: a row for each step
+    and layer, a column for each slot, from mem_len slots before the block on. right holds
+    the queries, and the errors at the heads. So the errors at keys and values are
+    left.mT @ right.
+    """
+
+    x_hat: torch.Tensor  # (C, L, B, d_model): inputs of the layers, normalised
+    x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
+    middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
+    middle_stats: list
+    hidden: list  # L tensors (C * B, d_ff): inside the feed-forwards, computed again
+    left: torch.Tensor  # (2, N, C * L, mem_len + C)
+    right: torch.Tensor  # (2, N, C * L, d_head)
+    errors: list  # for each step and layer those at output, middle, query, hidden
+
+# %% tags=["from-module"]
+def prepare(steps, layers, kept, mem_len):
+    """A Block for a slice of steps: normalised inputs, hidden states, and the queries."""
+    middles, (B, H, d_head, _) = kept.middles[steps], kept.keys.shape
+    (C, L), N = middles.shape[:2], B * H
+    x_hat, *x_stats = normalise(kept.states[steps, :L])
+    middle_hat, *middle_stats = normalise(middles)
+    hidden = [
+        torch.addmm(b_1, middle_hat[:, l].flatten(0, 1), W_1.T).relu_()
+        for l, (_, _, _, W_1, b_1, _, _) in enumerate(layers)
+    ]
+    left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
+    right = kept.keys.new_empty(2, N, C * L, d_head)
+    right[0] = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
+    return Block(x_hat, x_stats, middle_hat, middle_stats, hidden, left, right, [])
+
+# %% [markdown]
+# The loop over the block collects errors. Only the keys and values of the block's own slots
+# cannot wait, because the very next step backwards needs the errors there. They are summed up in
+# `near`.
+
+# %% tags=["from-module"]
+def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
+    """A slice of steps backwards, then the products of their signals."""
+    (B, H, _, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
+    block = prepare(steps, layers, kept, mem_len)
+    slopes = torch.stack(block.hidden).sign().unflatten(1, (C, B)).transpose(0, 1)
+    at_middle = kept.middles[steps], *block.middle_stats
+    inputs = slopes, *at_middle, kept.states[steps], *block.x_stats
+    vector_stats = normalise(kept.vectors[steps])[1:]
+    *shares, share_of_output = alpha.tolist()
+    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
+    for r in reversed(range(C)):
+        t, row = steps.start + r, slice(r * L, (r + 1) * L)
+        sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
+        stats = (stat[r] for stat in vector_stats)
+        sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
+        g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
+        weights = kept.attention[t * L : (t + 1) * L]
+        rows = list(zip(weights, *(tensor[r].unbind() for tensor in inputs)))
+        keys, values = kept.seen(t, positions)
+        sums.x[t], errors, g_scores, g_heads = step_back(
+            g, sums.vectors[t], shares, layers, rows, keys, values
+        )
+        block.errors.insert(0, errors)
+        columns = slice(mem_len + r - values.size(1), mem_len + r)
+        torch.cat(g_scores, dim=1, out=block.left[0, :, row, columns])
+        torch.cat(weights, dim=1, out=block.left[1, :, row, columns])
+        torch.cat(g_heads, dim=1, out=block.right[1, :, row])
+        left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
+        near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+    add_products(first, block, kept.heads[steps], sums)
+
+# %% [markdown]
+# And the products that the errors are collected for: large ones, once a block.
+
+# %% tags=["from-module"]
+def add_products(first, block, heads, sums):
+    """The sums over a block's steps: for old keys and values, positions, and weights."""
+    left, right, (C, L) = block.left, block.right, heads.shape[:2]
+    mem_len, N = sums.positions.size(1), left.size(1)
+    old = min(first, mem_len)  # slots before the block that it has seen
+    far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
+    sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
+
+    width = mem_len + C  # a step is L rows, and the ages of the next begin a column later
+    strides = (C * L * width, L * width + 1, width, 1)
+    by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
+    sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
+    for l, (W_q, b_q, W_o, W_1, b_1, W_2, b_2) in enumerate(sums.layers):
+        at_layer = (step[l] for step in block.errors)
+        output, middle, query, hidden = (torch.cat(errors) for errors in zip(*at_layer))
+        W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
+        W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
+        W_1.addmm_(hidden.T, block.middle_hat[:, l].flatten(0, 1))
+        W_2.addmm_(output.T, block.hidden[l])
+        for bias, errors in [(b_q, query), (b_1, hidden), (b_2, output)]:
+            bias += errors.sum(dim=0)
+
+# %% [markdown]
+# For autograd, all of this is one operation.
+
+# %% tags=["from-module"]
+class Segment(Function):
+    """A segment for autograd.
+
+    x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
+    alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
+    and memory vectors (B, T, d_model), keys and values with T more slots. Only the outputs
+    can be differentiated: vectors, keys and values are to be read.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)
+    def forward(ctx, x, keys, values, alpha, positions, W_kv, b_kv, *weights):
+        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
+        kept = run(x, keys, values, alpha, positions, W_kv, b_kv, layers)
+        ctx.save_for_backward(alpha, positions, W_kv, *weights, *kept[:7], *kept.attention)
+        ctx.n_weights = len(weights)
+        read = kept.vectors.transpose(0, 1), kept.keys, kept.values
+        ctx.mark_non_differentiable(*read)
+        return kept.states[:, -1].transpose(0, 1), *read
+
+    @staticmethod
+    @custom_bwd(device_type="cuda")
+    def backward(ctx, g, *_):
+        alpha, positions, W_kv, *saved = ctx.saved_tensors
+        weights, saved = saved[: ctx.n_weights], saved[ctx.n_weights :]
+        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
+        kept = Kept(*saved[:7], saved[7:])
+        T, (B, H, d_head, S) = len(kept.states), kept.keys.shape
+        sums = Sums(
+            torch.empty_like(kept.vectors),
+            torch.empty_like(kept.vectors),
+            g.new_empty(T, B, len(W_kv)),
+            g.new_zeros(2 * B * H, S, d_head),
+            torch.zeros_like(positions),
+            [[torch.zeros_like(w) for w in layer] for layer in layers],
+        )
+        g = g.transpose(0, 1)  # (T, B, d_model)
+        for start in reversed(range(0, T, BLOCK)):
+            steps = slice(start, min(start + BLOCK, T))
+            block_back(steps, g, alpha, positions, W_kv, layers, kept, sums)
+        g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
+        g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
+        g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
+        g_past = sums.x.transpose(0, 1), g_keys.mT, g_values
+        g_weights = (w for layer in sums.layers for w in layer)
+        return *g_past, g_alpha, sums.positions, g_W_kv, sums.new.sum((0, 1)), *g_weights
+
+# %% [markdown]
+# Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in
+# double precision. Then the three ways against each other: logits, and the gradient of every
+# parameter.
+
+# %%
+def gradients(run):
+    """Logits of run() and the gradients of all parameters of `tiny`, as one list."""
+    tiny.zero_grad()
+    logits = run()
+    logits.logsumexp(dim=-1).square().sum().backward()
+    return [logits.detach(), *(p.grad.clone() for p in tiny.parameters())]
+
+
+def largest_difference(ours, theirs):
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs))
+
+
+text = torch.randint(10, (2, 40))
+tiny.by_hand = False
+ways = {"plain loop": gradients(lambda: plain_loop(tiny, text)), "cache": gradients(lambda: tiny(text)[0])}
+tiny.by_hand = True
+ways["by hand"] = gradients(lambda: tiny(text)[0])
+for name in ("cache", "by hand"):
+    difference = largest_difference(ways[name], ways["plain loop"])
+    print(f"{name:8} against the plain loop: {difference:.1e}")
+    assert difference < 1e-10
+
+# %%
+generator = torch.Generator().manual_seed(SEED)
+shapes = [(1, 3, 4), (1, 2, 2, 2), (1, 2, 2, 2), (2,), (2, 3), (8, 4), (8,)]  # x, keys, values, alpha, ...
+shapes += [(4, 4), (4,), (4, 4), (5, 4), (5,), (4, 5), (4,)]  # ... and one layer
+inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+assert torch.autograd.gradcheck(lambda *inputs: Segment.apply(*inputs)[0], inputs)
+print("gradcheck: right")
+
+# %% [markdown]
+# ### What a training step costs
+#
+# Seconds for one forward and backward pass, against the length of the segment, and the vanilla
+# model beside them.
+
+# %%
+COSTS = dict(vocab_size=65, d_model=64, n_heads=4, n_layers=2, d_ff=256)
+
+
+def forward_backward(model, run, T):
+    """Seconds of one pass over a segment of T tokens, 16 texts side by side."""
+    tokens = torch.randint(65, (16, T), device=device)
+
+    def once():
+        model.zero_grad()
+        run(tokens).logsumexp(dim=-1).sum().backward()
+
+    return measure.seconds(once, warmup=1, rounds=3, device=device)
+
+
+lengths = [16, 32, 64, 128]
+slow = FeedbackTransformer(**COSTS, mem_len=128, by_hand=False).to(device)
+fast = FeedbackTransformer(**COSTS, mem_len=128).to(device)
+parallel = VanillaTransformer(**COSTS, max_len=128).to(device)
+costs = {
+    "plain loop": [forward_backward(slow, lambda tokens: plain_loop(slow, tokens), T) for T in lengths],
+    "cache": [forward_backward(slow, lambda tokens: slow(tokens)[0], T) for T in lengths],
+    "by hand": [forward_backward(fast, lambda tokens: fast(tokens)[0], T) for T in lengths],
+    "vanilla": [forward_backward(parallel, lambda tokens: parallel(tokens)[0], T) for T in lengths],
+}
+
+# %%
+figure, axes = plt.subplots()
+figures.curves(
+    axes, lengths, {name: [1e3 * s for s in seconds] for name, seconds in costs.items()}, marker="o",
+    xlabel="length of the segment (tokens)", ylabel="forward and backward (ms)",
+)
+axes.set(xscale="log", yscale="log", title="Three ways to train, and vanilla (2 layers, batch 16)")
+axes.set_xticks(lengths, labels=lengths)
+axes.minorticks_off()
+figures.show(
+    figure,
+    "Milliseconds of a training step against segment length, on logarithmic axes. The plain loop is highest and "
+    "steepest, the cached loop below it, the hand-written backward pass below that, and vanilla lowest.",
+)
+for name, seconds in costs.items():
+    print(f"{name:10}", "  ".join(f"T = {T}: {1e3 * s:6.1f} ms" for T, s in zip(lengths, seconds)))
+gains = [cache / by_hand for cache, by_hand in zip(costs["cache"], costs["by hand"])]
+assert costs["plain loop"][-1] > 1.3 * costs["cache"][-1] and sorted(gains)[1] > 1.2
+
+# %% [markdown]
+# The cache takes away work that grows with the square of the length. The hand-written pass takes
+# away most of autograd's many small steps. What remains above vanilla is the waiting itself: `T`
+# times small products in place of one large one. `make bench` measures it against two public
+# packages at a larger size.
+#
+# ## 3.4 Train it
+#
+# Tiny Shakespeare, one million characters. This is the loop that all the chapters share, in
+# `memtx_minimal/training.py`. All models of this section get the same text and the same number of
+# steps. The parallel baseline is the Transformer-XL of chapter 1, with as much memory: what is
+# left between the two is feedback.
+
+# %%
+corpus = corpora.tiny_shakespeare()
+T, STEPS = 32, 160
+SIZES = dict(vocab_size=len(corpus.vocab), d_model=64, n_heads=4, d_ff=256, mem_len=T)
+
+
+def fit(model, steps=STEPS, seed=SEED):
+    """Train on segments of T characters; returns losses in nats per character, and the seconds it took."""
+    start = time.perf_counter()
+    losses = training.train(model, corpus.train, steps=steps, batch_size=32, segment_len=T, clip=0.5)["loss"]
+    return losses, time.perf_counter() - start
+
+
+torch.manual_seed(SEED)
+feedback = FeedbackTransformer(**SIZES, n_layers=2).to(device)
+scratch = fit(feedback)
+print(f"{corpus.name}, {STEPS} steps: {scratch[1]:.0f} seconds")
+print(f"validation loss {training.evaluate(feedback, corpus.valid[:20_000], segment_len=T):.3f} nats per character")
+
+# %%
+figure, axes = plt.subplots()
+figures.curves(
+    axes, range(25, STEPS + 1), {"Feedback, 2 layers": figures.smooth(scratch[0], 25)},
+    xlabel="training step", ylabel="training loss (nats per character)",
+)
+axes.set_title(f"Running mean over 25 steps ({corpus.name})")
+figures.show(figure, "Training loss of the Feedback Transformer over the steps: a steep fall, then a slower one.")
+
+# %%
+prompt = corpus.valid[:64]
+text = training.generate(feedback, prompt, 200, temperature=0.8)
+print(corpus.vocab.decode(text[64:]))
+
+# %% [markdown]
+# It has learned the look of a play, and not much more: this is a small model after seconds of
+# training.
+#
+# ## 3.5 The claims, one by one
+#
+# ### One layer follows the ball
+#
+# Expected: a Feedback Transformer hands the place of the ball from memory vector to memory
+# vector, so a *single* layer is enough for games of any length. The lessons are those that the
+# vanilla model had.
+
+# %%
+torch.manual_seed(SEED)
+tracker = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
+spent, after_lessons = 0.0, []  # (seconds so far, share of right answers in games of 32 swaps)
+for lesson in LESSONS:
+    start = time.perf_counter()
+    learn(tracker, [lesson])
+    spent += time.perf_counter() - start
+    found["Feedback, 1 layer"] = accuracy(tracker)
+    after_lessons.append((spent, found["Feedback, 1 layer"].mean().item()))
+
+# %%
+figure, axes = plt.subplots()
+figures.curves(axes, range(1, 33), found, marker="o", xlabel="swaps so far", ylabel="share of right answers")
+axes.axhline(0.2, color="black", linestyle=":")
+axes.set(ylim=(0, 1.03), title="One layer with feedback keeps it (cups)")
+figures.show(
+    figure,
+    "Share of right answers by number of swaps. The vanilla model with four layers falls towards guessing; "
+    "the Feedback Transformer with one layer stays near one.",
+)
+for name, shares in found.items():
+    model = deep if "vanilla" in name else tracker
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{name:18} {size:7,} parameters: {shares.mean():.3f} right over all positions, {shares[-1]:.3f} after 32 swaps")
+assert found["Feedback, 1 layer"].mean() > 0.9
+
+# %% [markdown]
+# A quarter of the layers, and the ball is not lost. (The paper makes the same point with a
+# language of small programs: there, 8 vanilla layers answer 33.7 % right and 4 feedback layers
+# 99.1 %, by the page of the released code.)
+#
+# ### What memory is made of
+#
+# Which layers must be in the mixture? Train on shorter games, with the layer weights fixed to the
+# embedding alone, to the layer alone, to a plain mean, or learned.
+
+# %%
+def fixed(weights):
+    """A tracker whose mixture stays as it is: weights is one number for the embedding, one for the layer."""
+    model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
+    with torch.no_grad():
+        model.memory.layer_weights.copy_(torch.tensor(weights))
+    model.memory.layer_weights.requires_grad_(False)
+    return model
+
+
+SHORT = LESSONS[:3]  # games of up to 8 swaps
+mixtures = {"embedding": [0.0, -1e9], "layer 1": [-1e9, 0.0], "mean": [0.0, 0.0]}
+made_of = {}
+for name, weights in mixtures.items():
+    torch.manual_seed(SEED)
+    model = fixed(weights)
+    learn(model, SHORT)
+    made_of[name] = accuracy(model, length=8).mean().item()
+torch.manual_seed(SEED)
+model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
+learn(model, SHORT)
+made_of["learned"] = accuracy(model, length=8).mean().item()
+
+# %%
+figure, axes = plt.subplots()
+figures.bars(axes, made_of, ylabel="share of right answers")
+axes.axhline(0.2, color="black", linestyle=":")
+axes.set_title("Memory made of ... (cups, 8 swaps)")
+figures.show(
+    figure,
+    "Bars of the share of right answers by what memory is made of: low for the embedding alone, and "
+    "higher for the layer alone, the plain mean, and the learned mixture.",
+)
+for name, share in made_of.items():
+    print(f"{name:10} {share:.2f}")
+assert made_of["embedding"] < min(made_of["layer 1"], made_of["mean"], made_of["learned"]) - 0.1
+
+# %% [markdown]
+# With the embedding alone nothing that a layer has found out is ever handed on: this is a vanilla
+# model in disguise. As soon as the output of the layer is in the mixture, feedback works.
+#
+# ### Loss at equal depth
+#
+# Does text profit too? The paper finds that Feedback Transformers of few layers do as well as
+# deeper parallel ones. Here are 1, 2 and 4 layers, two seeds each.
+
+# %%
+def run_once(cls, n_layers, seed):
+    """A fresh model, trained for STEPS steps: model, validation loss, seconds."""
+    torch.manual_seed(seed)
+    model = cls(**SIZES, n_layers=n_layers).to(device)
+    _, seconds = fit(model)
+    return model, training.evaluate(model, corpus.valid[:20_000], segment_len=T), seconds
+
+
+depths, seeds, trained = [1, 2, 4], [SEED, SEED + 1], {}
+losses, took = {"Feedback": [], "Transformer-XL": []}, {}
+for name, cls in [("Feedback", FeedbackTransformer), ("Transformer-XL", TransformerXL)]:
+    for n_layers in depths:
+        models, values, seconds = zip(*(run_once(cls, n_layers, seed) for seed in seeds))
+        trained[name, n_layers], took[name, n_layers] = models[0], sum(seconds) / len(seconds)
+        losses[name].append(values)
+
+# %%
+figure, axes = plt.subplots()
+for (name, values), color in zip(losses.items(), (figures.BLUE, figures.ORANGE)):
+    axes.plot(range(3), [sum(pair) / 2 for pair in values], color=color, label=name)
+    for n, pair in enumerate(values):
+        axes.plot([n, n], pair, "o", color=color)
+axes.set_xticks(range(3), labels=depths)
+axes.set(xlabel="layers", ylabel="validation loss (nats per character)")
+axes.set_title(f"Equal depth, equal steps; a dot a seed ({corpus.name})")
+axes.legend()
+figures.show(
+    figure,
+    "Validation loss of Feedback Transformer and Transformer-XL with 1, 2 and 4 layers, two seeds each as dots, "
+    "with a line through their means.",
+)
+for name, values in losses.items():
+    for L, (a, b) in zip(depths, values):
+        print(f"{name:15} {L} layers: {a:.3f} and {b:.3f} nats per character, {took[name, L]:4.1f} seconds")
+means = {name: [sum(pair) / 2 for pair in values] for name, values in losses.items()}
+assert all(means[name][0] > means[name][2] for name in means)  # depth helps both
+assert max(abs(a - b) for a, b in zip(*means.values())) < 0.15  # and at equal depth there is little between them
+
+# %% [markdown]
+# Depth helps both. But at equal depth the two models are about equal: the paper's gain on text
+# does **not** show here. That is no surprise after the ball. These models have seen a small text
+# for some seconds, and what they have learned so far is spelling, for which the last few letters
+# are enough and no state has to be carried. The paper's models are hundreds of times larger and
+# train for days. What shows even here is the price: compare the seconds.
+#
+# ### The learned mixture
+#
+# The layer weights start even. Where do they go?
+
+# %%
+model = trained["Feedback", 4]
+weights = model.memory.layer_weights.detach().softmax(dim=0).cpu()  # (L + 1,)
+names = ["embedding", *(f"layer {n}" for n in range(1, 5))]
+figure, axes = plt.subplots()
+figures.bars(axes, dict(zip(names, weights.tolist())), ylabel="weight in the memory vector", number="{:.3f}")
+axes.axhline(0.2, color="black", linestyle=":")
+axes.set_title(f"softmax(w) after training ({corpus.name})")
+figures.show(
+    figure,
+    "Bars of the five weights of the mixture after training: embedding and four layers. A dotted line marks the "
+    "even share that they start from.",
+)
+assert (weights - 0.2).abs().max() > 0.005  # they have moved, a little
+
+# %% [markdown]
+# In so short a training the weights have not gone far from the even share. They are five numbers
+# among many thousands, with the learning rate of all others, and any mixture can be undone in
+# part by the projection behind it. Exercise 5 asks for more.
+#
+# ### Where it looks
+#
+# Every layer of every step attends to memory vectors of known age. Record the attention of the
+# trained model (in the loop, where each softmax stands alone) and add up what falls in each
+# bucket of ages. The buckets double in width.
+
+# %%
+@torch.inference_mode()
+def attention_by_age(model, n_segments=4):
+    """Mean attention of each layer at each age 1 ... mem_len, (L, mem_len)."""
+    L, M, memory, total, steps = len(model.layers), model.mem_len, None, 0, 0
+    model.by_hand = False
+    for n, (tokens, _) in zip(range(1 + n_segments), corpora.lanes(corpus.valid.to(device), 32, M)):
+        with measure.record_attention(model) as weights:  # T * L tensors (B, H, 1, K)
+            _, memory = model(tokens, memory)
+        if n > 0:  # memory is full: K = mem_len from here on
+            by_layer = torch.stack([w.mean(dim=(0, 1, 2)) for w in weights]).unflatten(0, (-1, L))
+            total, steps = total + by_layer.sum(dim=0), steps + len(by_layer)
+    model.by_hand = True
+    return (total / steps).flip(-1).cpu()  # the oldest key comes first, so turn it round
+
+
+by_age = attention_by_age(trained["Feedback", 4])
+assert torch.allclose(by_age.sum(dim=-1), torch.ones(4), atol=1e-4)  # all attention is accounted for
+
+# %%
+edges = [1, 2, 3, 5, 9, 17, 33]
+mass = {f"layer {n + 1}": [row[a - 1 : b - 1].sum() for a, b in zip(edges, edges[1:])] for n, row in enumerate(by_age)}
+figure, axes = plt.subplots()
+figures.buckets(axes, edges, mass, xlabel="age of the memory vector (characters)", ylabel="share of attention")
+axes.set_title(f"Attention by age ({corpus.name})")
+figures.show(
+    figure,
+    "Attention mass by age of the memory vector in buckets that double in width, for each of the four layers.",
+)
+print("age 1 to 4:", "  ".join(f"layer {n + 1}: {row[:4].sum():.2f}" for n, row in enumerate(by_age)))
+assert by_age[:, :4].sum(dim=1).mean() > 2 * 4 / 32  # more than an even share for the youngest
+
+# %% [markdown]
+# The young vectors get far more than an even share. They are also the richest: the vector of age
+# 1 already contains, through its own attention, what the steps before it had found.
+#
+# ## 3.6 Two aids for training
+#
+# ### Short games first
+#
+# The paper starts with short sequences and lengthens them. Is it worth it? Give the same model
+# games of 32 swaps from the start, for about as many seconds as the lessons took.
+
+# %%
+torch.manual_seed(SEED)
+impatient = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
+spent, direct = 0.0, []
+while spent < after_lessons[-1][0]:
+    start = time.perf_counter()
+    learn(impatient, [(32, 40, 3e-3)])
+    spent += time.perf_counter() - start
+    direct.append((spent, accuracy(impatient).mean().item()))
+
+# %%
+figure, axes = plt.subplots()
+axes.plot(*zip(*after_lessons), marker="o", label="2, 4, 8, 16, then 32 swaps")
+axes.plot(*zip(*direct), marker="o", label="32 swaps from the start")
+axes.axhline(0.2, color="black", linestyle=":")
+axes.set(xlabel="seconds of training", ylabel="share of right answers, 32 swaps", ylim=(0, 1.03))
+axes.set_title("Short games first (cups, 1 layer)")
+axes.legend()
+figures.show(
+    figure,
+    "Share of right answers in games of 32 swaps against seconds of training. With games of growing length it "
+    "rises to near one; with long games from the start it stays low.",
+)
+print(f"short games first: {after_lessons[-1][1]:.2f}   long games from the start: {direct[-1][1]:.2f}")
+assert after_lessons[-1][1] > direct[-1][1] + 0.2
+
+# %% [markdown]
+# The order of lessons decides. In a long game that is lost after the first swaps, nearly all of
+# the loss is noise. In a game of two swaps, the one update that must be learned stands alone. The
+# learning rate falls as the games grow: a recurrence of many steps multiplies its errors, and at
+# a high rate it breaks.
+#
+# ### Start from a parallel model
+#
+# The other aid: train an ordinary transformer, in parallel and fast, and copy its weights.
+
+# %% tags=["from-module"]
+@torch.no_grad()
+def start_from_parallel(model, vanilla):
+    """Copy the weights of a trained VanillaTransformer of the same sizes into model.
+
+    A layer's projection to keys and values is copied with the gain of the norm before it;
+    where the layers share one, it is the mean of theirs. Vanilla knows no ages and no
+    mixture of layers: the positions and the layer weights stay as they are.
+    """
+    if len(model.layers) != len(vanilla.layers):
+        sizes = f"{len(vanilla.layers)} layers, model {len(model.layers)}"
+        raise ValueError(f"vanilla has {sizes}: build both with the same n_layers")
+    for name in ("embedding", "norm", "head"):
+        getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
+    projections = []
+    for ours, theirs in zip(model.layers, vanilla.layers):
+        W_q, *W_kv = theirs.attention.query_key_value.weight.chunk(3)
+        ours.query.weight.copy_(W_q)
+        ours.out.load_state_dict(theirs.attention.out.state_dict())
+        for name in ("feed_forward", "norm_attention", "norm_feed_forward"):
+            getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
+        projections.append(torch.cat(W_kv) * theirs.norm_attention.weight)
+    W_kv = torch.stack(projections)  # (L, 2 * d_model, d_model)
+    model.memory.norm.reset_parameters()
+    weight = model.memory.key_value.weight
+    weight.copy_(W_kv.mean(dim=0) if model.shared_kv else W_kv.flatten(0, 1))
+
+# %%
+torch.manual_seed(SEED)
+vanilla_sizes = {name: size for name, size in SIZES.items() if name != "mem_len"}
+vanilla = VanillaTransformer(**vanilla_sizes, n_layers=2, max_len=T).to(device)
+first = fit(vanilla, steps=STEPS)
+
+torch.manual_seed(SEED)
+warm = FeedbackTransformer(**SIZES, n_layers=2).to(device)
+start_from_parallel(warm, vanilla)
+second = fit(warm, steps=STEPS // 2)
+
+# %%
+def times(history, after=0.0, width=25):
+    """Seconds and smoothed losses of a training, which began `after` seconds."""
+    losses, seconds = history
+    smooth = figures.smooth(losses, width)
+    return [after + seconds * (width + n) / len(losses) for n in range(len(smooth))], smooth
+
+
+figure, axes = plt.subplots()
+axes.plot(*times(scratch), label="Feedback from the start")
+axes.plot(*times(first), color=figures.GREY, label="first in parallel (vanilla) ...")
+axes.plot(*times(second, after=first[1]), label="... then Feedback")
+axes.set(xlabel="seconds of training", ylabel="training loss (nats per character)")
+axes.set_title(f"Starting from a parallel model ({corpus.name})")
+axes.legend()
+figures.show(
+    figure,
+    "Training loss against seconds: Feedback from the start, and a vanilla model whose weights are then copied "
+    "into a Feedback Transformer, which starts higher and falls again.",
+)
+fresh, copied = (sum(losses[:10]) / 10 for losses in (scratch[0], second[0]))
+print(f"mean loss of the first ten steps: fresh weights {fresh:.2f}, copied weights {copied:.2f}")
+for name, m, spent in [("from the start", feedback, scratch[1]), ("by way of vanilla", warm, first[1] + second[1])]:
+    loss = training.evaluate(m, corpus.valid[:20_000], segment_len=T)
+    print(f"{name:17} {loss:.3f} nats per character on the validation text, after {spent:.0f} seconds")
+assert copied < fresh - 0.5
+
+# %% [markdown]
+# The copied weights are worth something: the model starts far below a fresh one, although its
+# positions are new, and its mixture of layers is not what the copied projections were trained to
+# read. But the parallel training took its own seconds, and the two curves run close together. At
+# this size a Feedback Transformer is only a few times slower than a parallel one, and there is
+# little to save. The aid is meant for models and lengths where the difference is greater.
+#
+# ## 3.7 What it costs to generate, and to remember
+#
+# ### Seconds per token
+#
+# To generate, the model reads one token a call. With the cache, one more token is one more step,
+# however long the text already is; attention itself grows with the memory, and slowly. Without
+# returned memory, as in some public versions, every token means reading the whole prefix again.
+
+# %%
+@torch.inference_mode()
+def milliseconds_per_token(model, depth):
+    """Time of one step after a text of `depth` tokens: with the cache, and reading all again."""
+    text = corpus.valid[None, : depth + 1].to(device)
+    _, memory = model(text[:, :-1])
+    with_cache = measure.seconds(lambda: model(text[:, -1:], memory), warmup=2, rounds=15, device=device)
+    again = measure.seconds(lambda: model(text), warmup=1, rounds=1, device=device)
+    return 1e3 * with_cache, 1e3 * again
+
+
+writer = FeedbackTransformer(**SIZES | dict(mem_len=512), n_layers=4).to(device).eval()
+depths_read = [32, 64, 128, 256, 512]
+with_cache, again = zip(*(milliseconds_per_token(writer, n) for n in depths_read))
+
+# %%
+figure, axes = plt.subplots()
+figures.curves(
+    axes, depths_read, {"reading all again": again, "with the cache": with_cache}, marker="o",
+    xlabel="tokens before", ylabel="time for one more token (ms)",
+)
+axes.set(xscale="log", yscale="log", title="Generation, 4 layers")
+axes.set_xticks(depths_read, labels=depths_read)
+axes.minorticks_off()
+figures.show(
+    figure,
+    "Milliseconds for one more token against the number of tokens before, on logarithmic axes. Reading "
+    "everything again rises in proportion; with the cache the curve is nearly flat.",
+)
+for n, a, b in zip(depths_read, with_cache, again):
+    print(f"after {n:3d} tokens: {a:5.2f} ms with the cache, {b:7.1f} ms without")
+assert again[-1] > 10 * with_cache[-1] and with_cache[-1] < 4 * with_cache[0]
+
+# %% [markdown]
+# ### Bytes per token
+#
+# What must a model hold for each token of the past, to go on generating? A parallel transformer:
+# keys and values of every layer, `2 * L * d_model` numbers. Feedback with keys and values per
+# layer: as many. Shared: `2 * d_model`. For vanilla, the keys and values are caught as the model
+# makes them.
+
+# %%
+@torch.inference_mode()
+def cache_bytes(model, n=32):
+    """Bytes of keys and values that a model holds for each of n tokens."""
+    text, caught = corpus.valid[None, :n].to(device), []
+    if isinstance(model, FeedbackTransformer):
+        return measure.nbytes(model(text)[1]) / n
+    projections = [layer.attention.query_key_value for layer in model.layers]
+    hooks = [p.register_forward_hook(lambda module, args, out: caught.append(out)) for p in projections]
+    model(text)
+    for hook in hooks:
+        hook.remove()
+    return sum(measure.nbytes(qkv) * 2 / 3 for qkv in caught) / n  # two of query, key and value
+
+
+d_model, layer_counts = SIZES["d_model"], [1, 2, 4, 8]
+cache, computed = {}, {}
+for name, make, per_token in [
+    ("vanilla", lambda L: VanillaTransformer(**vanilla_sizes, n_layers=L, max_len=T), lambda L: 2 * L * d_model),
+    ("Feedback, per layer", lambda L: FeedbackTransformer(**SIZES, n_layers=L, shared_kv=False), lambda L: 2 * L * d_model),
+    ("Feedback, shared", lambda L: FeedbackTransformer(**SIZES, n_layers=L), lambda L: 2 * d_model),
+]:
+    cache[name] = [cache_bytes(make(L).to(device)) for L in layer_counts]
+    computed[name] = [4 * per_token(L) for L in layer_counts]
+
+# %% [markdown]
+# The other bytes are those that autograd keeps for the backward pass.
+
+# %%
+def backward_bytes(model, length):
+    tokens = corpus.valid[: 16 * length].view(16, length).to(device)
+    return measure.bytes_for_backward(model, lambda: model(tokens)[0])
+
+
+kept = {
+    "Feedback, autograd": [backward_bytes(slow, n) for n in lengths],
+    "Feedback, by hand": [backward_bytes(fast, n) for n in lengths],
+    "vanilla": [backward_bytes(parallel, n) for n in lengths],
+}
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.6))
+for marker, (name, values) in zip("osd", cache.items()):
+    (line,) = axes[0].plot(layer_counts, values, marker, label=name)
+    axes[0].plot(layer_counts, computed[name], ":", color=line.get_color())
+axes[0].set(xlabel="layers", ylabel="bytes per token", ylim=(0, None), title="cache; dotted: computed")
+figures.curves(
+    axes[1], lengths, {name: [b / 2**20 for b in values] for name, values in kept.items()}, marker="o",
+    xlabel="length of the segment (tokens)", ylabel="MiB",
+)
+axes[1].set(yscale="log", title="kept for backward (2 layers)")
+for ax in axes:
+    ax.legend(fontsize=8)
+figures.show(
+    figure,
+    "Left: cache bytes per token against layers; vanilla and Feedback per layer rise together on one dotted line, "
+    "Feedback with shared keys and values stays level. Right: bytes kept for the backward pass against segment "
+    "length; autograd's loop highest and steepest, the hand-written pass far below, near vanilla.",
+)
+assert cache == computed
+for name, values in kept.items():
+    print(f"{name:18}", "  ".join(f"T = {n}: {b / 2**20:6.1f} MiB" for n, b in zip(lengths, values)))
+assert kept["Feedback, autograd"][-1] > 4 * kept["Feedback, by hand"][-1]
+
+# %% [markdown]
+# The shared cache does not grow with depth. And the hand-written pass keeps the states once,
+# where autograd's loop keeps, step after step, the joined keys and values of all steps so far.
+#
+# ## 3.8 Departures from the paper
+#
+# | here | the paper and its code | why |
+# | --- | --- | --- |
+# | the memory has a norm of its own | pre-LN: the norm of the layer, tied across layers where keys and values are shared | the memory is made once for all layers; its norm can be too |
+# | a hand-written backward pass for a segment | autograd, with a buffer that is written in place | speed; and nothing that is written in place can be wrong when two passes overlap |
+# | the hand-written pass has no dropout: with dropout the loop runs | dropout everywhere | a shorter file; at this size nothing overfits |
+# | a fixed window of `mem_len` | for text, a window whose length each head learns (adaptive span) | one idea at a time |
+# | the output projection of attention starts as PyTorch starts it | divided by $\sqrt{2L}$ in the released code | not needed with four layers |
+# | a copy of vanilla weights drops its positions | parallel and feedback models share their kind of position | chapter 1 has the kind that would fit; the baseline stays simple |
+# | models of some hundred thousand parameters, seconds of training | up to 139 million (WikiText-103), days | what a notebook can do |
+#
+# ## 3.9 What became of it
+#
+# - **Keys and values shared by all layers** came back for the sake of the cache alone:
+# cross-layer attention and YOCO ("you only cache once") share them between layers of parallel
+# transformers.
+# - **Recurrence in depth** was the point that lasted. Feedback is one answer to "how long may a
+# thought be?"; looped transformers, and chains of thought that are written out and read again,
+# are others. A written chain is feedback through the text: the top layer's output becomes the
+# bottom layer's input.
+# - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase
+# family (from authors of this paper) hand states back once a block, so that a block stays
+# parallel.
+# - **Strictly sequential training** did not last. On hardware that lives off large products, its
+# price is what you measured above; linear recurrences, such as state space models, gave up
+# expressive power to get rid of it.
+#
+# ## 3.10 Exercises
+#
+# 1. *(10 minutes)* How many layers can information pass on its way from a token to the prediction
+# made `n` tokens later? Write `my_clock(n_layers, n, kind)` for `kind` "vanilla" (inside one
+# window) and "feedback". Check it with `check_clock` below.
+# 2. *(10 minutes)* Play with 7 cups. Which part of `LESSONS` do you have to change?
+# 3. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass,
+# and what would two passes give?
+# 4. *(30 minutes)* Set `mem_len` to 1 for the ball. Is attention still needed? Compare with a
+# recurrent network.
+# 5. *(20 minutes)* Give `layer_weights` a learning rate a hundred times higher than the rest (you
+# will need your own loop). Which layers does the text want in its memory? And the ball?
+# 6. *(60 minutes)* Give `step_back` dropout on the attention weights: which tensor has to be
+# kept, and which lines of `run` and `step_back` change? `gradcheck` tells you when you are done.
+
+# %%
+def check_clock(my_clock):
+    """Exercise 1: compares with the longest path through the states of the unrolled network."""
+    for n_layers, n, kind in [(1, 0, "vanilla"), (4, 9, "vanilla"), (1, 0, "feedback"), (3, 7, "feedback")]:
+        longest = {(0, 0): 0}  # (position, layer): the most layers passed since the token at position 0
+        for t in range(n + 1):
+            for layer in range(1, n_layers + 1):
+                if kind == "vanilla":
+                    before = [longest.get((i, layer - 1)) for i in range(t + 1)]
+                else:
+                    before = [longest.get((i, l)) for i in range(t) for l in range(n_layers + 1)]
+                    before.append(longest.get((t, layer - 1)))
+                if any(b is not None for b in before):
+                    longest[t, layer] = 1 + max(b for b in before if b is not None)
+        mine = my_clock(n_layers, n, kind)
+        assert mine == longest[n, n_layers], f"{kind}, {n_layers} layers, n = {n}: {mine}"
+    print("right")
+
+
+# %% [markdown]
+# <details><summary>A solution of exercise 1</summary>
+#
+# ```python
+# def my_clock(n_layers, n, kind):
+#     return n_layers if kind == "vanilla" else n_layers * (n + 1)
+# ```
+#
+# Each layer of the parallel model passes once. With feedback, all layers are passed again at each
+# token.
+#
+# </details>
+#
+# ## References
+#
+# - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar: [Addressing Some Limitations of
+# Transformers with Feedback Memory](https://arxiv.org/abs/2002.09402). 2020.
+# - P. Shaw, J. Uszkoreit, A. Vaswani: [Self-Attention with Relative Position
+# Representations](https://arxiv.org/abs/1803.02155). NAACL 2018.
+# - Z. Dai et al.: [Transformer-XL: Attentive Language Models Beyond a Fixed-Length
+# Context](https://arxiv.org/abs/1901.02860). ACL 2019.
+# - A. Vaswani et al.: [Attention Is All You Need](https://arxiv.org/abs/1706.03762). NeurIPS
+# 2017.
+
+# %%
+minutes = (time.perf_counter() - started) / 60
+peak = measure.process_peak_bytes() / 2**30
+print(f"this run: {minutes:.1f} minutes, peak memory {peak:.2f} GiB, text: {corpus.name}")
