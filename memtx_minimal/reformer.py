@@ -1,225 +1,94 @@
 """Reformer: attention among the likely keys alone, in layers that keep no activations.
 
 Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020 (arXiv
-2001.04451). Section 2: attention by locality-sensitive hashing. Section 3: reversible
-layers (the coupling stands in reversible.py) and computation in pieces.
+2001.04451). Attention by hashing, section 2, stands in lsh_attention.py. Here is section 3:
+reversible layers, computation in pieces, axial positions; and the model.
 
-Letters in the shape comments: B batch, T tokens, H heads, d_model = H * d_head, R hash
-rounds, c tokens in a chunk, N = B * H * T rows (the vectors of all heads, one after the
-other), G = N / c chunks, g of them at a time.
+Letters in the shape comments: B batch, T tokens, H heads.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from memtx_minimal.reversible import Reversible, couple
-
-SELF, NEVER = -1e5, -1e9  # eq. 16: yourself, if nothing else is there; keys outside the set
-LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x), and exp2 is fast for masked scores
-PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
+from memtx_minimal.lsh_attention import LSHAttention
 
 
-def hash_vectors(x, n_buckets, n_rounds, seed):
-    """Angular hashing: h(x) = argmax [xR ; -xR]. Section 2, "Locality sensitive hashing".
+def random_state(device, state=None):
+    """The state of the device's random numbers, from now on `state` if one is given."""
+    numbers = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch)
+    where = [device] if device.type == "cuda" else []
+    if state is not None:
+        numbers.set_rng_state(state, *where)
+    return numbers.get_rng_state(*where)
 
-    (B, H, T, d_head) -> (R, B, H, T). Above 32 buckets a hash is made of two smaller ones,
-    h1 + h2 * b1, both even: n_buckets is then met as nearly as that allows.
+
+def couple(block, x, y, kept=None):
+    """y + block(x), in pieces of block.piece_len tokens; and what the block wants kept."""
+    length, pieces = block.piece_len or x.size(1), []
+    for read, changed in zip(x.split(length, dim=1), y.split(length, dim=1)):
+        change, kept = block(read, kept)
+        pieces.append(changed + change)
+    return torch.cat(pieces, dim=1), kept
+
+
+def uncouple(block, x, y, dx, dy, kept, autocast):
+    """Undoes `couple`, and goes back through it: (x, y before, dx before, parameters' grads).
+
+    dy is the gradient of what came out and of what went in: y only had something added.
     """
-    b1 = n_buckets if n_buckets <= 32 else 2 ** (n_buckets.bit_length() // 2)
-    generator = torch.Generator().manual_seed(seed)
-    buckets, step = 0, 1
-    for b in [b1] if b1 == n_buckets else [b1, 2 * round(n_buckets / b1 / 2)]:
-        R = torch.randn(n_rounds, 1, x.size(1), x.size(3), b // 2, generator=generator)
-        xR = x @ R.to(x)  # (R, B, H, T, b / 2)
-        buckets = buckets + step * torch.cat([xR, -xR], dim=-1).argmax(dim=-1)
-        step *= b
-    return buckets.to(torch.uint8 if step <= 256 else torch.int16)  # (R, B, H, T)
+    own, grads, ys, dxs = [p for p in block.parameters() if p.requires_grad], [], [], []
+    pieces = (t.split(block.piece_len or x.size(1), dim=1) for t in (x, y, dx, dy))
+    for read, changed, d_read, d_changed in zip(*pieces):
+        with torch.enable_grad(), torch.autocast(x.device.type, **autocast):
+            read = read.detach().requires_grad_()
+            change, _ = block(read, kept)
+        d, *more = torch.autograd.grad(change, [read, *own], d_changed.to(change.dtype))
+        ys.append(changed - change.detach())
+        dxs.append(d_read + d)
+        grads = [a + b for a, b in zip(grads, more)] if grads else more
+    return torch.cat(ys, dim=1), torch.cat(dxs, dim=1), grads
 
 
-def sort_buckets(buckets, c, bucket_mask=True):
-    """Each head's tokens sorted by bucket, then by position, and cut in chunks of c.
+class Reversible(torch.autograd.Function):
+    """x -> [x1 ; x2] after all blocks, (B, T, d_model) -> (B, T, 2 * d_model). Eq. 7 to 9.
 
-    (R, B, H, T) -> order (R, N): the row that comes n-th; code (R, N): row i may look at
-    row j, as far as this round goes, if 0 <= code_i - code_j <= 1 and j is no later than i.
-    """
-    T, rows = buckets.size(3), buckets.flatten(1, 2).int()  # (R, B * H, T)
-    heads = torch.arange(rows.size(1), device=rows.device)[:, None]
-    keys = (rows + heads * (1 + rows.max())).flatten(1)  # (R, N), head by head
-    order = torch.stack([key.argsort(stable=True) for key in keys])
-    chunk = torch.arange(order.size(1), device=order.device) % T // c  # (N,)
-    chunk = torch.empty_like(order).scatter_(1, order, chunk.expand_as(order))
-    return order, chunk + 2 * rows.flatten(1) if bucket_mask else chunk
-
-
-def windows(x, place, c):
-    """Sorted rows, chunk by chunk with the chunk before: (N, d) -> (G, d, 2c), a view."""
-    return x[torch.cat([place[:c], place])].unfold(0, 2 * c, c)
-
-
-def masked_scores(q, k, order, labels, r, c, T, duplicates):
-    """Scores of round r by eq. 16, slab by slab: slice, q (g, c, d), k (g, d, 2c), and
-
-    scores (g, c, 2c), in base 2, without the -log N_ij; N, which divides exp2(scores).
-    labels (N, R + 1) are the codes of all rounds, and the positions.
-    """
-    q, k = q[order[r]].unflatten(0, (-1, c)), windows(k, order[r], c)
-    a = labels[order[r]].unflatten(0, (-1, c))  # (G, c, R + 1)
-    b = windows(labels, order[r], c).contiguous()  # (G, R + 1, 2c)
-    b[:: T // c, -1, :c] = T  # before a head's first chunk lies nothing: call it future
-    self_mask = F.pad(SELF * torch.eye(c).to(q), (c, 0))  # (c, 2c)
-    others = [o for o in range(len(order)) if o != r and duplicates]
-    for start in range(0, len(q), max(1, PAIRS // (2 * c * c))):
-        s = slice(start, start + max(1, PAIRS // (2 * c * c)))
-        difference = lambda n: a[s, :, n, None] - b[s, n, None]  # (g, c, 2c)
-        scores = torch.baddbmm(self_mask, q[s], k[s], beta=LOG2E, alpha=LOG2E)
-        outside = difference(r).bitwise_right_shift_(1)  # 0 if the difference is 0 or 1
-        outside |= difference(-1).lt_(0)  # in the future
-        scores.sub_(outside.ne_(0), alpha=-NEVER)
-        N = 1 + sum(difference(o).bitwise_right_shift_(1).eq_(0) for o in others)
-        yield s, q[s], k[s], scores, torch.as_tensor(N).to(q)
-
-
-def attend(q, k, v, order, labels, r, *how):
-    """Round r: for each row its top score, sum of weights (N, 1), and weighted sum (N, d)."""
-    v, parts = windows(v, order[r], how[0]).mT, []  # (G, 2c, d)
-    for s, _, _, scores, N in masked_scores(q, k, order, labels, r, *how):
-        top = scores.amax(dim=-1, keepdim=True)  # (g, c, 1)
-        p = scores.sub_(top).exp2_().div_(N)  # (g, c, 2c)
-        parts.append((top, p.sum(dim=-1, keepdim=True), p @ v[s]))
-    rank = torch.empty_like(order[r]).scatter_(0, order[r], torch.arange(len(q)).to(order))
-    return [torch.cat(part).flatten(0, 1)[rank] for part in zip(*parts)]
-
-
-def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
-    """What round r adds to the gradients of q, k and v, each (N, d)."""
-    c, v, parts = how[0], windows(v, order[r], how[0]), []
-    d_out, shift, top = (x[order[r]].unflatten(0, (-1, c)) for x in (d_out, shift, top))
-    for s, q_, k_, scores, N in masked_scores(q, k, order, labels, r, *how):
-        p = scores.sub_(top[s]).exp2_().div_(N)  # (g, c, 2c)
-        d_scores = (d_out[s] @ v[s]).sub_(shift[s]).mul_(p)
-        parts.append((d_scores @ k_.mT, d_scores.mT @ q_, p.mT @ d_out[s]))
-    dq, dk, dv = map(torch.cat, zip(*parts))  # (G, c, d), (G, 2c, d), (G, 2c, d)
-    for d in (dk, dv):
-        d[:-1, c:] += d[1:, :c]  # a chunk is also looked at from the next one
-    rank = torch.empty_like(order[r]).scatter_(0, order[r], torch.arange(len(q)).to(order))
-    return [d[:, -c:].flatten(0, 1)[rank] for d in (dq, dk, dv)]
-
-
-class HashedAttention(torch.autograd.Function):
-    """Softmax over the union of each row's sets: q, k, v (N, d) -> (N, d). Eq. 13 to 16.
-
-    Keeps no scores: the backward pass computes them again. Rounds are added up: with
-    sums of weights total_r and weighted sums out_r, o = sum_r out_r / sum_r total_r.
+    A block is called as block(x, kept) -> (change, kept): what it returns as kept when
+    called with None, hash buckets or nothing, it is given again in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, order, labels, *how):
-        top, total, out = q.new_full((len(q), 1), 2 * NEVER), 0, 0
-        for r in range(len(order)):
-            new, t, o = attend(q, k, v, order, labels, r, *how)
-            old, top = top, torch.maximum(top, new)
-            total = total * (old - top).exp2() + t * (new - top).exp2()
-            out = out * (old - top).exp2() + o * (new - top).exp2()
-        out = out / total
-        ctx.save_for_backward(q, k, v, order, labels, top, total, out)
-        ctx.how = how
-        return out
+    def forward(ctx, x, blocks, random, *parameters):
+        ctx.blocks, ctx.training, device = blocks, blocks.training, x.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.autocast = dict(enabled=enabled, dtype=dtype, cache_enabled=False)
+        x1, x2, kept = x, x, []
+        with torch.autocast(device, **ctx.autocast):
+            for block in blocks:
+                kept.append(random_state(x.device) if random else None)
+                changed, buckets = couple(block, x2, x1)
+                kept.append(buckets)
+                x1, x2 = x2, changed
+        y = torch.cat([x1, x2], dim=-1)
+        ctx.save_for_backward(y, *kept, *parameters)  # whoever changes one in place is told
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out):
-        q, k, v, order, labels, top, total, out = ctx.saved_tensors
-        d_out = d_out / total
-        shift = (d_out * out).sum(dim=-1, keepdim=True)  # (N, 1): of the softmax's backward
-        grads = [torch.zeros_like(x) for x in (q, k, v)]
-        for r in range(len(order)):
-            more = attend_backward(d_out, shift, top, q, k, v, order, labels, r, *ctx.how)
-            for grad, d in zip(grads, more):
-                grad += d
-        return *grads, None, None, None, None, None
-
-
-def lsh_attention(q, k, v, buckets, c, bucket_mask=True, duplicates=True):
-    """Attention within buckets (R, B, H, T): q, k, v (B, H, T, d_head) -> the same shape.
-
-    Any T: the end is padded to whole chunks, in a bucket that comes last. bucket_mask=False
-    and duplicates=False leave out what later code leaves out of eq. 16.
-    """
-    T, pad = q.size(2), -q.size(2) % c
-    buckets = F.pad(buckets.int(), (0, pad), value=int(buckets.max()) + 1)
-    order, code = sort_buckets(buckets, c, bucket_mask)
-    position = torch.arange(code.size(1), device=q.device) % (T + pad)  # (N,)
-    labels = torch.cat([code, position[None]]).T  # (N, R + 1)
-    labels = labels.to(torch.int16 if labels.max() < 2**15 else torch.int32).contiguous()
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows = [F.pad(x.to(wide), (0, 0, 0, pad)).flatten(0, 2) for x in (q, k, v)]  # (N, d_head)
-    with torch.autocast(q.device.type, enabled=False):
-        out = HashedAttention.apply(*rows, order, labels, c, T + pad, duplicates)
-    return out.view(*v.shape[:2], T + pad, -1)[:, :, :T]
-
-
-def exact_mask(q):
-    """Added to all scores (T, T): the future hidden, yourself as the last resort."""
-    T, worst = q.size(2), max(SELF, torch.finfo(q.dtype).min / 2)  # -1e5 is too much for half
-    future = q.new_full((T, T), float("-inf")).triu(1)
-    return future + worst * torch.eye(T).to(q)
-
-
-class LSHAttention(nn.Module):
-    """Shared-QK attention, over the keys in the same buckets or, with n_rounds 0, over all."""
-
-    piece_len = None  # needs all tokens at once
-
-    def __init__(self, d_model, n_heads, dropout, seed, **settings):
-        super().__init__()
-        self.n_heads, self.seed, self.step = n_heads, seed, 0
-        vars(self).update(settings)  # chunk_len, n_rounds, bucket_mask, duplicates
-        self.norm, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
-        self.query_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
-
-    def heads(self, x):
-        """(B, T, d_model) -> q, unit-norm k, v: (B, H, T, d_head) each."""
-        qv = self.query_value(self.norm(x)).unflatten(-1, (2, self.n_heads, -1))
-        q, v = qv.permute(2, 0, 3, 1, 4)
-        return q, F.normalize(q, dim=-1), v
-
-    def hash(self, q):
-        """Buckets (R, B, H, T), by rotations new at each step of training; None: see all."""
-        if self.n_rounds == 0 or q.size(2) <= 2 * self.chunk_len:
-            return None  # where two chunks are all there is, exact attention costs no more
-        self.step += self.training
-        seed = self.seed + 1000 * self.step * self.training
-        n_buckets = 2 * math.ceil(q.size(2) / self.chunk_len)  # so that c = 2 T / n_buckets
-        return hash_vectors(q.detach(), n_buckets, self.n_rounds, seed)
-
-    def forward(self, x, buckets=None):
-        """x (B, T, d_model), buckets if known -> change (B, T, d_model), buckets."""
-        q, k, v = self.heads(x)
-        buckets = self.hash(q) if buckets is None else buckets
-        if buckets is None:
-            y = F.scaled_dot_product_attention(q, k, v, exact_mask(q), scale=1.0)
-        else:
-            settings = self.chunk_len, self.bucket_mask, self.duplicates
-            y = lsh_attention(q, k, v, buckets, *settings).to(v.dtype)  # (B, H, T, d_head)
-        return self.dropout(self.out(y.transpose(1, 2).flatten(2))), buckets
-
-    def weights(self, x, buckets=None):
-        """The weights that forward never holds whole, (B, H, T, T), in the text's order."""
-        q, k, _ = self.heads(x)
-        scores = q @ k.mT + exact_mask(q)
-        buckets = self.hash(q) if buckets is None else buckets
-        if buckets is not None:
-            _, code = sort_buckets(buckets, self.chunk_len, self.bucket_mask)
-            code = code.view(buckets.shape)  # (R, B, H, T)
-            N = (code[..., None] - code[..., None, :] >> 1 == 0).sum(dim=0)  # (B, H, T, T)
-            scores = scores.masked_fill(N == 0, float("-inf"))
-            scores = scores if self.duplicates else scores + N.to(scores).log()
-        return scores.softmax(dim=-1)
+    def backward(ctx, dy):
+        if ctx.blocks.training != ctx.training:
+            raise RuntimeError("train() or eval() was called between forward and backward")
+        y, *kept = ctx.saved_tensors
+        (x1, x2), (d1, d2), grads = y.chunk(2, dim=-1), dy.chunk(2, dim=-1), []
+        now = random_state(y.device)
+        for n, block in reversed(list(enumerate(ctx.blocks))):
+            random_state(y.device, kept[2 * n])
+            before, d, own = uncouple(block, x1, x2, d1, d2, kept[2 * n + 1], ctx.autocast)
+            x1, x2, d1, d2, grads = before, x1, d2, d, own + grads
+        random_state(y.device, now)
+        return d1 + d2, None, None, *grads
 
 
 class FeedForward(nn.Module):
@@ -261,9 +130,9 @@ class Reformer(nn.Module):
     """
 
     def __init__(
-        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, chunk_len=32, n_rounds=2,
-        axial_shape=(16, 64), piece_len=512, reversible=True, bucket_mask=True, duplicates=True,
-        dropout=0.0,
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, chunk_len=32,
+        n_rounds=2, bucket_mask=True, duplicates=True, axial_shape=(16, 64), piece_len=512,
+        reversible=True, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
         if d_model % (2 * n_heads):
@@ -274,7 +143,8 @@ class Reformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positions = AxialPositions(axial_shape, d_model)
         self.dropout, self.blocks = nn.Dropout(dropout), nn.ModuleList()
-        settings = dict(chunk_len=chunk_len, n_rounds=n_rounds, bucket_mask=bucket_mask, duplicates=duplicates)
+        settings = dict(chunk_len=chunk_len, n_rounds=n_rounds)
+        settings |= dict(bucket_mask=bucket_mask, duplicates=duplicates)
         for n in range(n_layers):
             self.blocks.append(LSHAttention(d_model, n_heads, dropout, n, **settings))
             self.blocks.append(FeedForward(d_model, d_ff, dropout, piece_len))
@@ -283,6 +153,8 @@ class Reformer(nn.Module):
     def use(self, **settings):
         """Other chunk_len, n_rounds, bucket_mask or duplicates from now on, in all layers."""
         for attention in self.blocks[::2]:
+            for name in settings:
+                getattr(attention, name)  # an error for names that there are not
             vars(attention).update(settings)
         return self
 
