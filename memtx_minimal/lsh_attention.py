@@ -9,6 +9,7 @@ other), G = N / c chunks, g of them at a time.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +59,11 @@ def windows(x, place, c):
 
 
 def masked_scores(q, k, order, labels, r, c, T, duplicates):
-    """Scores of round r by eq. 16, slab by slab: slice, q (g, c, d), k (g, d, 2c), and
+    """Round r by eq. 16, some chunks at a time: their slice, q, k, scores and N_ij.
 
-    scores (g, c, 2c), in base 2, without the -log N_ij; N, which divides exp2(scores).
-    labels (N, R + 1) are the codes of all rounds, and the positions.
+    labels (N, R + 1): the codes of all rounds, and the positions. q (g, c, d), k (g, d, 2c);
+    scores (g, c, 2c), in base 2 and without -log N_ij: divide their exponentials by N_ij,
+    the number of rounds in which i sees j.
     """
     q, k = q[order[r]].unflatten(0, (-1, c)), windows(k, order[r], c)
     a = labels[order[r]].unflatten(0, (-1, c))  # (G, c, R + 1)
@@ -76,16 +78,16 @@ def masked_scores(q, k, order, labels, r, c, T, duplicates):
         outside = difference(r).bitwise_right_shift_(1)  # 0 if the difference is 0 or 1
         outside |= difference(-1).lt_(0)  # in the future
         scores.sub_(outside.ne_(0), alpha=-NEVER)
-        N = 1 + sum(difference(o).bitwise_right_shift_(1).eq_(0) for o in others)
-        yield s, q[s], k[s], scores, torch.as_tensor(N).to(q)
+        N_ij = 1 + sum(difference(o).bitwise_right_shift_(1).eq_(0) for o in others)
+        yield s, q[s], k[s], scores, torch.as_tensor(N_ij).to(q)
 
 
 def attend(q, k, v, order, labels, r, *how):
     """Round r: for each row its top score, sum of weights (N, 1), and weighted sum (N, d)."""
     v, parts = windows(v, order[r], how[0]).mT, []  # (G, 2c, d)
-    for s, _, _, scores, N in masked_scores(q, k, order, labels, r, *how):
+    for s, _, _, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
         top = scores.amax(dim=-1, keepdim=True)  # (g, c, 1)
-        p = scores.sub_(top).exp2_().div_(N)  # (g, c, 2c)
+        p = scores.sub_(top).exp2_().div_(N_ij)  # (g, c, 2c)
         parts.append((top, p.sum(dim=-1, keepdim=True), p @ v[s]))
     rank = torch.empty_like(order[r]).scatter_(0, order[r], torch.arange(len(q)).to(order))
     return [torch.cat(part).flatten(0, 1)[rank] for part in zip(*parts)]
@@ -95,8 +97,8 @@ def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
     """What round r adds to the gradients of q, k and v, each (N, d)."""
     c, v, parts = how[0], windows(v, order[r], how[0]), []
     d_out, shift, top = (x[order[r]].unflatten(0, (-1, c)) for x in (d_out, shift, top))
-    for s, q_, k_, scores, N in masked_scores(q, k, order, labels, r, *how):
-        p = scores.sub_(top[s]).exp2_().div_(N)  # (g, c, 2c)
+    for s, q_, k_, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
+        p = scores.sub_(top[s]).exp2_().div_(N_ij)  # (g, c, 2c)
         d_scores = (d_out[s] @ v[s]).sub_(shift[s]).mul_(p)
         parts.append((d_scores @ k_.mT, d_scores.mT @ q_, p.mT @ d_out[s]))
     dq, dk, dv = map(torch.cat, zip(*parts))  # (G, c, d), (G, 2c, d), (G, 2c, d)
@@ -177,15 +179,41 @@ def exact_mask(q):
     return future + worst * torch.eye(T).to(q)
 
 
+def attention_weights(q, k, buckets, c, bucket_mask=True, duplicates=True):
+    """What lsh_attention never holds whole: its weights (B, H, T, T), in the text's order.
+
+    Without buckets, the weights of exact attention. For short texts: it costs T * T.
+    """
+    scores = q @ k.mT + exact_mask(q)
+    if buckets is not None:
+        code = sort_buckets(buckets, c, bucket_mask)[1].view(buckets.shape)  # (R, B, H, T)
+        N_ij = (code[..., None] - code[..., None, :] >> 1 == 0).sum(dim=0)  # (B, H, T, T)
+        scores = scores.masked_fill(N_ij == 0, float("-inf"))
+        scores = scores if duplicates else scores + N_ij.to(scores).log()
+    return scores.softmax(dim=-1)
+
+
+@dataclass(slots=True)
+class Settings:
+    """How keys are found, in all layers of a model. It may be changed at any time."""
+
+    chunk_len: int
+    n_rounds: int  # 0 is exact attention
+    bucket_mask: bool = True  # hide keys of other buckets in the same chunks
+    duplicates: bool = True  # count a key once that several rounds find: -log N_ij
+
+    def arguments(self):
+        return self.chunk_len, self.bucket_mask, self.duplicates
+
+
 class LSHAttention(nn.Module):
-    """Shared-QK attention, over the keys in the same buckets or, with n_rounds 0, over all."""
+    """Shared-QK attention over the keys that fall in the same buckets."""
 
     piece_len = None  # needs all tokens at once
 
-    def __init__(self, d_model, n_heads, dropout, seed, **settings):
+    def __init__(self, d_model, n_heads, settings, dropout=0.0, seed=0):
         super().__init__()
-        self.n_heads, self.seed, self.step = n_heads, seed, 0
-        vars(self).update(settings)  # chunk_len, n_rounds, bucket_mask, duplicates
+        self.n_heads, self.settings, self.seed, self.step = n_heads, settings, seed, 0
         self.norm, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
         self.query_value = nn.Linear(d_model, 2 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
@@ -198,12 +226,13 @@ class LSHAttention(nn.Module):
 
     def hash(self, q):
         """Buckets (R, B, H, T), by rotations new at each step of training; None: see all."""
-        if self.n_rounds == 0 or q.size(2) <= 2 * self.chunk_len:
-            return None  # where two chunks are all there is, exact attention costs no more
+        chunk_len, n_rounds = self.settings.chunk_len, self.settings.n_rounds
+        if n_rounds == 0 or q.size(2) <= 2 * chunk_len:
+            return None  # two chunks see nearly all anyway, and exact attention costs no more
         self.step += self.training
         seed = self.seed + 1000 * self.step * self.training
-        n_buckets = 2 * math.ceil(q.size(2) / self.chunk_len)  # so that c = 2 T / n_buckets
-        return hash_vectors(q.detach(), n_buckets, self.n_rounds, seed)
+        n_buckets = 2 * math.ceil(q.size(2) / chunk_len)  # so that c = 2 T / n_buckets
+        return hash_vectors(q.detach(), n_buckets, n_rounds, seed)
 
     def forward(self, x, buckets=None):
         """x (B, T, d_model), buckets if known -> change (B, T, d_model), buckets."""
@@ -212,19 +241,6 @@ class LSHAttention(nn.Module):
         if buckets is None:
             y = F.scaled_dot_product_attention(q, k, v, exact_mask(q), scale=1.0)
         else:
-            settings = self.chunk_len, self.bucket_mask, self.duplicates
-            y = lsh_attention(q, k, v, buckets, *settings).to(v.dtype)  # (B, H, T, d_head)
-        return self.dropout(self.out(y.transpose(1, 2).flatten(2))), buckets
-
-    def weights(self, x, buckets=None):
-        """The weights that forward never holds whole, (B, H, T, T), in the text's order."""
-        q, k, _ = self.heads(x)
-        scores = q @ k.mT + exact_mask(q)
-        buckets = self.hash(q) if buckets is None else buckets
-        if buckets is not None:
-            _, code = sort_buckets(buckets, self.chunk_len, self.bucket_mask)
-            code = code.view(buckets.shape)  # (R, B, H, T)
-            N = (code[..., None] - code[..., None, :] >> 1 == 0).sum(dim=0)  # (B, H, T, T)
-            scores = scores.masked_fill(N == 0, float("-inf"))
-            scores = scores if self.duplicates else scores + N.to(scores).log()
-        return scores.softmax(dim=-1)
+            y = lsh_attention(q, k, v, buckets, *self.settings.arguments())
+        y = y.to(v.dtype).transpose(1, 2).flatten(2)  # (B, T, d_model)
+        return self.dropout(self.out(y)), buckets

@@ -153,7 +153,7 @@ def record_attention(model):
         model(tokens, memory)
     weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
 
-    A Reformer that hashes never has them whole: ask its method attention_weights.
+    A Reformer that hashes never has them whole: ask reformer.look.
     """
     weights, modes = [], []
 

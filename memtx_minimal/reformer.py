@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from memtx_minimal.lsh_attention import LSHAttention
+from memtx_minimal.lsh_attention import LSHAttention, Settings, attention_weights
 
 
 def random_state(device, state=None):
@@ -32,6 +32,21 @@ def couple(block, x, y, kept=None):
         change, kept = block(read, kept)
         pieces.append(changed + change)
     return torch.cat(pieces, dim=1), kept
+
+
+def run(blocks, x, kept=None, random=False):
+    """x (B, T, d_model) through all blocks, as two streams x1 and x2. Eq. 7 to 9.
+
+    Puts in kept, for each block, the state of the random numbers if wanted, and buckets.
+    """
+    x1 = x2 = x
+    for block in blocks:
+        state = random_state(x.device) if random else None
+        changed, buckets = couple(block, x2, x1)
+        x1, x2 = x2, changed
+        if kept is not None:
+            kept += [state, buckets]
+    return x1, x2
 
 
 def uncouple(block, x, y, dx, dy, kept, autocast):
@@ -53,7 +68,7 @@ def uncouple(block, x, y, dx, dy, kept, autocast):
 
 
 class Reversible(torch.autograd.Function):
-    """x -> [x1 ; x2] after all blocks, (B, T, d_model) -> (B, T, 2 * d_model). Eq. 7 to 9.
+    """As `run`, x (B, T, d_model) -> [x1 ; x2] (B, T, 2 * d_model), and keeps only that.
 
     A block is called as block(x, kept) -> (change, kept): what it returns as kept when
     called with None, hash buckets or nothing, it is given again in the backward pass.
@@ -64,14 +79,9 @@ class Reversible(torch.autograd.Function):
         ctx.blocks, ctx.training, device = blocks, blocks.training, x.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.autocast = dict(enabled=enabled, dtype=dtype, cache_enabled=False)
-        x1, x2, kept = x, x, []
+        kept = []
         with torch.autocast(device, **ctx.autocast):
-            for block in blocks:
-                kept.append(random_state(x.device) if random else None)
-                changed, buckets = couple(block, x2, x1)
-                kept.append(buckets)
-                x1, x2 = x2, changed
-        y = torch.cat([x1, x2], dim=-1)
+            y = torch.cat(run(blocks, x, kept, random), dim=-1)
         ctx.save_for_backward(y, *kept, *parameters)  # whoever changes one in place is told
         return y
 
@@ -94,7 +104,7 @@ class Reversible(torch.autograd.Function):
 class FeedForward(nn.Module):
     """The same at every position, so it may be computed in pieces. Section 3, "Chunking"."""
 
-    def __init__(self, d_model, d_ff, dropout, piece_len):
+    def __init__(self, d_model, d_ff, piece_len, dropout=0.0):
         super().__init__()
         self.piece_len = piece_len
         self.layers = nn.Sequential(
@@ -127,12 +137,13 @@ class Reformer(nn.Module):
 
     tokens (B, T) int64, T <= max_len = axial_shape[0] * axial_shape[1] -> logits (B, T,
     vocab_size), None: it has no memory, and takes the argument to share the protocol.
+    Texts of up to two chunks get exact attention. settings (chunk_len, n_rounds, ...) may
+    change at any time. reversible=False computes the same and keeps all activations.
     """
 
     def __init__(
         self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, chunk_len=32,
-        n_rounds=2, bucket_mask=True, duplicates=True, axial_shape=(16, 64), piece_len=512,
-        reversible=True, dropout=0.0,
+        n_rounds=2, axial_shape=(16, 64), piece_len=512, reversible=True, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
         if d_model % (2 * n_heads):
@@ -140,23 +151,14 @@ class Reformer(nn.Module):
         if chunk_len < 1 or n_rounds < 0:
             raise ValueError(f"{chunk_len=} is not >= 1, or {n_rounds=} not >= 0")
         self.max_len, self.reversible = math.prod(axial_shape), reversible
+        self.settings = Settings(chunk_len, n_rounds)
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.positions = AxialPositions(axial_shape, d_model)
         self.dropout, self.blocks = nn.Dropout(dropout), nn.ModuleList()
-        settings = dict(chunk_len=chunk_len, n_rounds=n_rounds)
-        settings |= dict(bucket_mask=bucket_mask, duplicates=duplicates)
         for n in range(n_layers):
-            self.blocks.append(LSHAttention(d_model, n_heads, dropout, n, **settings))
-            self.blocks.append(FeedForward(d_model, d_ff, dropout, piece_len))
+            self.blocks.append(LSHAttention(d_model, n_heads, self.settings, dropout, seed=n))
+            self.blocks.append(FeedForward(d_model, d_ff, piece_len, dropout))
         self.norm, self.head = nn.LayerNorm(2 * d_model), nn.Linear(2 * d_model, vocab_size)
-
-    def use(self, **settings):
-        """Other chunk_len, n_rounds, bucket_mask or duplicates from now on, in all layers."""
-        for attention in self.blocks[::2]:
-            for name in settings:
-                getattr(attention, name)  # an error for names that there are not
-            vars(attention).update(settings)
-        return self
 
     def forward(self, tokens, memory=None):
         T = tokens.size(1)
@@ -164,23 +166,25 @@ class Reformer(nn.Module):
             raise ValueError(f"{T} tokens do not fit the window: pass 1 to {self.max_len}")
         x = self.dropout(self.embedding(tokens) + self.positions(T))  # (B, T, d_model)
         if self.reversible:
-            random = self.training and self.dropout.p > 0
             learned = [p for p in self.blocks.parameters() if p.requires_grad]
+            random = self.training and self.dropout.p > 0
             x = Reversible.apply(x, self.blocks, random, *learned)  # (B, T, 2 * d_model)
         else:
-            x1 = x2 = x
-            for block in self.blocks:
-                x1, x2 = x2, couple(block, x2, x1)[0]
-            x = torch.cat([x1, x2], dim=-1)  # (B, T, 2 * d_model)
+            x = torch.cat(run(self.blocks, x), dim=-1)
         return self.head(self.norm(x)), None
 
-    @torch.no_grad()
-    def attention_weights(self, tokens):
-        """Of each layer, (B, H, T, T) in the order of the text, as in evaluation mode."""
-        x1 = x2 = self.embedding(tokens) + self.positions(tokens.size(1))
-        weights = []
-        for block in self.blocks:
-            if isinstance(block, LSHAttention):
-                weights.append(block.weights(x2))
-            x1, x2 = x2, couple(block, x2, x1)[0]
-        return weights
+
+@torch.no_grad()
+def look(model, tokens):
+    """Where each layer of a Reformer looks, (B, H, T, T) each, as in evaluation."""
+    weights = []
+
+    def record(block, args, _):
+        q, k, _ = block.heads(args[0])
+        weights.append(attention_weights(q, k, block.hash(q), *block.settings.arguments()))
+
+    hooks = [block.register_forward_hook(record) for block in model.blocks[::2]]
+    model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return weights

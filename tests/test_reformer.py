@@ -12,13 +12,14 @@ from test_models import SMALL, tokens
 from memtx_minimal import lsh_attention as lsh
 from memtx_minimal.lsh_attention import LSHAttention, exact_mask, hash_vectors, lsh_attention, sort_buckets
 from memtx_minimal.measure import bytes_for_backward, peak_bytes, record_attention
-from memtx_minimal.reformer import AxialPositions, Reformer
+from memtx_minimal.reformer import AxialPositions, Reformer, look
 from memtx_minimal.training import generate
 
 
-def make(**kw):
+def make(bucket_mask=True, duplicates=True, **kw):
     torch.manual_seed(0)
     model = Reformer(**SMALL | dict(chunk_len=4, axial_shape=(5, 8), n_rounds=3, piece_len=7) | kw).double()
+    model.settings.bucket_mask, model.settings.duplicates = bucket_mask, duplicates
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -263,7 +264,7 @@ def test_codes_say_who_is_in_whose_set(T, c, n):
 def test_attention_weights_are_what_the_output_was_made_with(T, switch):
     """In the order of the text, all layers: weights times values are the heads."""
     model, heads, inputs = make(**switch).eval(), [], []
-    weights = model.attention_weights(tokens(2, T))
+    weights = look(model, tokens(2, T))
     hooks = [a.out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for a in model.blocks[::2]]
     hooks += [a.norm.register_forward_hook(lambda m, args, out: inputs.append(args[0])) for a in model.blocks[::2]]
     model(tokens(2, T))
@@ -292,10 +293,10 @@ def test_short_texts_and_no_rounds_are_exact_and_recorded():
     model = make().eval()
     with record_attention(model) as weights:
         model(tokens(2, 8))
-    torch.testing.assert_close(weights, model.attention_weights(tokens(2, 8)))
+    torch.testing.assert_close(weights, look(model, tokens(2, 8)))
     assert (weights[0].tril(-1) > 0).sum() == 2 * 2 * 8 * 7 / 2
-    longer = model(tokens(2, 32))[0]
-    assert not torch.allclose(longer, model.use(n_rounds=0)(tokens(2, 32))[0])
+    longer, model.settings.n_rounds = model(tokens(2, 32))[0], 0
+    assert not torch.allclose(longer, model(tokens(2, 32))[0])
     with record_attention(model) as weights:
         model(tokens(2, 32))
     assert (weights[0].tril(-1) > 0).sum() == 2 * 2 * 32 * 31 / 2
@@ -304,8 +305,10 @@ def test_short_texts_and_no_rounds_are_exact_and_recorded():
 @torch.no_grad()
 def test_more_rounds_come_nearer_to_exact_attention():
     text, model = tokens(4, 40), make(n_layers=1).eval()
-    exact = model.use(n_rounds=0)(text)[0]
-    errors = [(model.use(n_rounds=R)(text)[0] - exact).abs().mean() for R in (1, 4, 16)]
+    logits = []
+    for model.settings.n_rounds in (0, 1, 4, 16):
+        logits.append(model(text)[0])
+    errors = [(some - logits[0]).abs().mean() for some in logits[1:]]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -340,7 +343,7 @@ def test_invalid_arguments_are_refused_early():
     with pytest.raises(ValueError, match="n_rounds=-1 not >= 0"):
         make(n_rounds=-1)
     with pytest.raises(AttributeError, match="rounds"):
-        make().use(rounds=3)
+        make().settings.rounds = 3
 
 
 # ------------------------------------------------------------------ axial positions, pieces
