@@ -2,7 +2,7 @@
 
 source                                      copy
 NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
-memtx_minimal/name.py                       the cells tagged `from-module`, one for each class or function
+memtx_minimal/name.py, or the MODULES of it  the cells tagged `from-module`, one for each class or function
 project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
                                             README.md, and a line each of CITATION.cff and book/_config.yml
 """
@@ -26,6 +26,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 PERCENT = "py:percent"
+MODULES = {"reformer": ["lsh_attention", "reformer"]}  # chapters of more than one module, in the order of the notebook
 
 
 def address(root):
@@ -116,27 +117,29 @@ def read_pair(ipynb, py):
     return nb, [f"{ipynb.name} is missing; {py.name} has what it needs"]
 
 
-def sync_module(nb, name, module):
-    """Refresh the cells that mirror the module; returns what drifted and what an author has to mend."""
-    drift, broken, wanted, seen = [], [], definitions(module), []
+def sync_module(nb, name, folder):
+    """Refresh the cells that mirror the chapter's module or modules; returns what drifted and what an author has to mend."""
+    modules = [folder / f"{module}.py" for module in MODULES.get(name[3:], [name[3:]])]
+    files = " and ".join(module.name for module in modules)
+    drift, broken, wanted, seen = [], [], {d: source for module in modules for d, source in definitions(module).items()}, []
     for number, cell in tagged(nb, "from-module"):
         names = re.findall(r"^(?:class|(?:async )?def) +(\w+)", cell.source, re.M)
         if len(names) != 1:
             broken.append(f"{name}, cell {number}: tagged from-module, holds {len(names)} definitions instead of one")
         elif names[0] not in wanted:
-            broken.append(f"{name}, cell {number}: tagged from-module, but {module.name} defines no {names[0]}")
+            broken.append(f"{name}, cell {number}: tagged from-module, but {files} defines no {names[0]}")
         else:
             seen += names
             source = wanted[names[0]]
             if cell.source != source:
                 where = first_difference(cell.source, source)
-                drift.append(f"{name}, cell {number}: {names[0]} differs from {module.name} ({where})")
+                drift.append(f"{name}, cell {number}: {names[0]} differs from {files} ({where})")
                 cell.source = source
-    broken += [f"{name}: no cell for {d} of {module.name}" for d in wanted if d not in seen]
+    broken += [f"{name}: no cell for {d} of {files}" for d in wanted if d not in seen]
     broken += [f"{name}: {d} stands in {seen.count(d)} cells" for d in wanted if seen.count(d) > 1]
     once = list(dict.fromkeys(seen))
     if once != [d for d in wanted if d in once]:
-        broken.append(f"{name}: its cells go {', '.join(once)}; {module.name} goes {', '.join(wanted)}")
+        broken.append(f"{name}: its cells go {', '.join(once)}; {files} goes {', '.join(wanted)}")
     return drift, broken
 
 
@@ -195,7 +198,7 @@ def sync(root=ROOT, check=False):
     for name in names:
         ipynb, py = notebooks / f"{name}.ipynb", notebooks / f"{name}.py"
         nb, changes = read_pair(ipynb, py)
-        for more, faults in [sync_module(nb, name, root / "memtx_minimal" / f"{name[3:]}.py"), sync_generated(nb, name, url)]:
+        for more, faults in [sync_module(nb, name, root / "memtx_minimal"), sync_generated(nb, name, url)]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
             if not ipynb.exists() or nb != nbformat.read(ipynb, as_version=4):

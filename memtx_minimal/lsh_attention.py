@@ -53,9 +53,35 @@ def sort_buckets(buckets, c, bucket_mask=True):
     return order, chunk + 2 * rows.flatten(1) if bucket_mask else chunk
 
 
+def exact_mask(q):
+    """Added to all scores (T, T): the future hidden, yourself as the last resort."""
+    T, worst = q.size(2), max(SELF, torch.finfo(q.dtype).min / 2)  # -1e5 is too much for half
+    future = q.new_full((T, T), float("-inf")).triu(1)
+    return future + worst * torch.eye(T).to(q)
+
+
+def attention_weights(q, k, buckets, c, bucket_mask=True, duplicates=True):
+    """Eq. 16 in the slow way: all weights (B, H, T, T), in the order of the text.
+
+    Without buckets, exact attention. lsh_attention does the same, and never holds them.
+    """
+    scores = q @ k.mT + exact_mask(q)
+    if buckets is not None:
+        code = sort_buckets(buckets, c, bucket_mask)[1].view(buckets.shape)  # (R, B, H, T)
+        N_ij = (code[..., None] - code[..., None, :] >> 1 == 0).sum(dim=0)  # (B, H, T, T)
+        scores = scores.masked_fill(N_ij == 0, float("-inf"))
+        scores = scores if duplicates else scores + N_ij.to(scores).log()
+    return scores.softmax(dim=-1)
+
+
+def chunks(x, place, c):
+    """Sorted rows, chunk by chunk: (N, d) -> (G, c, d)."""
+    return x.index_select(0, place).unflatten(0, (-1, c))
+
+
 def windows(x, place, c):
-    """Sorted rows, chunk by chunk with the chunk before: (N, d) -> (G, d, 2c), a view."""
-    return x[torch.cat([place[:c], place])].unfold(0, 2 * c, c)
+    """The same, each with the chunk before it: (N, d) -> (G, d, 2c), a view."""
+    return x.index_select(0, torch.cat([place[:c], place])).unfold(0, 2 * c, c)
 
 
 def masked_scores(q, k, order, labels, r, c, T, duplicates):
@@ -65,8 +91,8 @@ def masked_scores(q, k, order, labels, r, c, T, duplicates):
     scores (g, c, 2c), in base 2 and without -log N_ij: divide their exponentials by N_ij,
     the number of rounds in which i sees j.
     """
-    q, k = q[order[r]].unflatten(0, (-1, c)), windows(k, order[r], c)
-    a = labels[order[r]].unflatten(0, (-1, c))  # (G, c, R + 1)
+    q, k = chunks(q, order[r], c), windows(k, order[r], c)
+    a = chunks(labels, order[r], c)  # (G, c, R + 1)
     b = windows(labels, order[r], c).contiguous()  # (G, R + 1, 2c)
     b[:: T // c, -1, :c] = T  # before a head's first chunk lies nothing: call it future
     self_mask = F.pad(SELF * torch.eye(c).to(q), (c, 0))  # (c, 2c)
@@ -90,13 +116,13 @@ def attend(q, k, v, order, labels, r, *how):
         p = scores.sub_(top).exp2_().div_(N_ij)  # (g, c, 2c)
         parts.append((top, p.sum(dim=-1, keepdim=True), p @ v[s]))
     rank = torch.empty_like(order[r]).scatter_(0, order[r], torch.arange(len(q)).to(order))
-    return [torch.cat(part).flatten(0, 1)[rank] for part in zip(*parts)]
+    return [torch.cat(part).flatten(0, 1).index_select(0, rank) for part in zip(*parts)]
 
 
 def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
     """What round r adds to the gradients of q, k and v, each (N, d)."""
     c, v, parts = how[0], windows(v, order[r], how[0]), []
-    d_out, shift, top = (x[order[r]].unflatten(0, (-1, c)) for x in (d_out, shift, top))
+    d_out, shift, top = (chunks(x, order[r], c) for x in (d_out, shift, top))  # (G, c, ...)
     for s, q_, k_, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
         p = scores.sub_(top[s]).exp2_().div_(N_ij)  # (g, c, 2c)
         d_scores = (d_out[s] @ v[s]).sub_(shift[s]).mul_(p)
@@ -105,7 +131,7 @@ def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
     for d in (dk, dv):
         d[:-1, c:] += d[1:, :c]  # a chunk is also looked at from the next one
     rank = torch.empty_like(order[r]).scatter_(0, order[r], torch.arange(len(q)).to(order))
-    return [d[:, -c:].flatten(0, 1)[rank] for d in (dq, dk, dv)]
+    return [d[:, -c:].flatten(0, 1).index_select(0, rank) for d in (dq, dk, dv)]
 
 
 def full_precision(method):
@@ -170,27 +196,6 @@ def lsh_attention(q, k, v, buckets, c, bucket_mask=True, duplicates=True):
     rows = [F.pad(x.to(wide), (0, 0, 0, pad)).flatten(0, 2) for x in (q, k, v)]  # (N, d_head)
     out = HashedAttention.apply(*rows, order, labels, c, T + pad, duplicates)
     return out.view(*v.shape[:2], T + pad, -1)[:, :, :T]
-
-
-def exact_mask(q):
-    """Added to all scores (T, T): the future hidden, yourself as the last resort."""
-    T, worst = q.size(2), max(SELF, torch.finfo(q.dtype).min / 2)  # -1e5 is too much for half
-    future = q.new_full((T, T), float("-inf")).triu(1)
-    return future + worst * torch.eye(T).to(q)
-
-
-def attention_weights(q, k, buckets, c, bucket_mask=True, duplicates=True):
-    """What lsh_attention never holds whole: its weights (B, H, T, T), in the text's order.
-
-    Without buckets, the weights of exact attention. For short texts: it costs T * T.
-    """
-    scores = q @ k.mT + exact_mask(q)
-    if buckets is not None:
-        code = sort_buckets(buckets, c, bucket_mask)[1].view(buckets.shape)  # (R, B, H, T)
-        N_ij = (code[..., None] - code[..., None, :] >> 1 == 0).sum(dim=0)  # (B, H, T, T)
-        scores = scores.masked_fill(N_ij == 0, float("-inf"))
-        scores = scores if duplicates else scores + N_ij.to(scores).log()
-    return scores.softmax(dim=-1)
 
 
 @dataclass(slots=True)

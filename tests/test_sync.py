@@ -54,6 +54,22 @@ def tree(tmp_path):
     return tmp_path
 
 
+def test_a_chapter_of_two_modules_mirrors_both_in_order(tree, monkeypatch):
+    """What the notebook shows as one is the second module after the first."""
+    monkeypatch.setitem(sync.MODULES, "tiny", ["tiny", "more"])
+    (tree / "memtx_minimal" / "more.py").write_text("def last():\n    pass\n")
+    drift, broken = sync.sync(tree, check=True)
+    assert drift == [] and broken == ["01_tiny: no cell for last of tiny.py and more.py"]
+    path = tree / "notebooks" / "01_tiny.ipynb"
+    nb = nbformat.read(path, as_version=4)
+    nb.cells.append(nbformat.v4.new_code_cell("def last(): ...", metadata={"tags": ["from-module"]}))
+    path.write_text(nbformat.writes(nb))
+    assert sync.sync(tree)[1] == [] and sync.sync(tree, check=True) == ([], [])
+    assert nbformat.read(path, as_version=4).cells[-1].source == "def last():\n    pass"
+    monkeypatch.setitem(sync.MODULES, "tiny", ["more", "tiny"])
+    assert "its cells go shift, Model, last" in sync.sync(tree, check=True)[1][0]
+
+
 def edit(path, old, new):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
