@@ -131,7 +131,7 @@ WIDE = dict(vocab_size=len(corpus.vocab), d_model=128, n_heads=4, n_layers=4, d_
 
 def text_of(T, B=1):
     """The start of the validation text as B windows of T tokens, on the device."""
-    return corpus.valid[: B * T].view(B, T).to(device)
+    return corpus.valid[: B * T].clone().view(B, T).to(device)  # a view would keep the whole text
 
 
 def kept(model, tokens):
@@ -336,6 +336,11 @@ print("code  ", code[0].tolist())
 #
 # First the slow way, in which all of this is easy to read: one matrix of scores for each head.
 
+# %%
+SELF, NEVER = -1e5, -1e9  # eq. 16: yourself, if nothing else is there; keys outside the set
+LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x), and exp2 is fast for masked scores
+PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
+
 # %% tags=["from-module"]
 def exact_mask(q):
     """Added to all scores (T, T): the future hidden, yourself as the last resort."""
@@ -356,11 +361,6 @@ def attention_weights(q, k, buckets, c, bucket_mask=True, duplicates=True):
         scores = scores.masked_fill(N_ij == 0, float("-inf"))
         scores = scores if duplicates else scores + N_ij.to(scores).log()
     return scores.softmax(dim=-1)
-
-# %%
-SELF, NEVER = -1e5, -1e9  # eq. 16: yourself, if nothing else is there; keys outside the set
-LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x), and exp2 is fast for masked scores
-PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
 
 # %%
 def clustered(T, d, n_clusters, noise, seed, scale=1.0):
@@ -386,10 +386,11 @@ N_ij = ((code[:, :, None] - code[:, None] >> 1) == 0).sum(dim=0)[place][:, place
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(7.6, 2.5), sharey=True)
-steps = {"chunk and\nlook-back": window, "same bucket": same, "not the future": past, "N, and self (0.5)": N_ij}
+steps = {"chunk and\nlook-back": window, "same bucket": same, "not the future": past, "N, and yourself\n(pale)": N_ij}
 for n, (ax, (title, seen)) in enumerate(zip(axes, steps.items())):
     seen = seen.float()
-    seen[range(T), range(T)] *= 0.5 if n == 3 else 1
+    if n == 3:
+        seen[range(T), range(T)] = 0.4
     figures.matrix(
         ax, seen, title=title, cmap="Blues", vmin=0, vmax=2, xlabel="key, sorted",
         ylabel="query, sorted" if n == 0 else "",
@@ -996,7 +997,7 @@ assert relative < 1e-10
 # hashed.
 
 # %%
-T, STEPS = 256, 400
+T, STEPS = 256, 320
 SIZES = dict(vocab_size=len(corpus.vocab), d_model=96, n_heads=4, n_layers=3, d_ff=384)
 torch.manual_seed(SEED)
 reformer = Reformer(**SIZES, chunk_len=32, n_rounds=2, axial_shape=(16, 16)).to(device)
@@ -1031,7 +1032,7 @@ print(corpus.vocab.decode(text[64:]))
 # %%
 HALF, SYMBOLS = 32, 63
 evaluated = [0, 8, 4, 2, 1]  # rounds; 0 is exact attention
-name = lambda n: "exact" if n == 0 else f"{n} round{'s' * (n > 1)}"
+called = lambda n: "exact" if n == 0 else f"{n} round{'s' * (n > 1)}"
 
 
 def duplicate_model(n_rounds, steps=260):
@@ -1066,10 +1067,10 @@ for trained in (0, 4, 2, 1):
 
 paper = {0: [100, 94.8, 92.5, 76.9, 52.5], 4: [0.8, 100, 99.9, 99.4, 91.9], 2: [0.8, 100, 99.9, 98.1, 86.8], 1: [0.8, 99.9, 99.6, 94.8, 77.9]}
 print("accuracy in %, here | in the paper (Table 2, length 1024)\n")
-print("trained with \\ evaluated with " + "".join(f"{name(n):>16}" for n in evaluated))
+print("trained with \\ evaluated with " + "".join(f"{called(n):>16}" for n in evaluated))
 for trained, row in table.items():
     cells = (f"{100 * a:.1f} | {b}".rjust(16) for a, b in zip(row, paper[trained]))
-    print(f"{name(trained):30}" + "".join(cells))
+    print(f"{called(trained):30}" + "".join(cells))
 
 # %%
 here = {trained: dict(zip(evaluated, row)) for trained, row in table.items()}
@@ -1078,9 +1079,9 @@ assert all(row[8] >= row[1] for row in here.values())  # more rounds are better,
 assert min(here[4][0], here[2][0]) > 0.97  # and exact attention is best: here the paper says 0.8 %
 
 # %% [markdown]
-# What agrees: the task is solved with hashing, one round is hard to train with, and every model gets better with
-# more rounds than it was trained with. That last point is of practical use: train cheap, evaluate
-# dear.
+# What agrees: the task is solved with hashing, even with a single round; every model does better
+# with more rounds than with one, whatever it was trained with; and the model that never saw a hash suffers most
+# from few rounds. So you may train with few rounds and evaluate with many.
 #
 # What does not: in the paper, models trained with hashing fail under exact attention (0.8 %, which is guessing), and a
 # model trained with exact attention loses a good deal under 8 rounds. Here a model trained with hashing
@@ -1102,7 +1103,7 @@ def with_rounds(n):
     return loss
 
 
-losses = {name(n): with_rounds(n) for n in (1, 2, 4, 8, 0)}
+losses = {called(n): with_rounds(n) for n in (1, 2, 4, 8, 0)}
 figure, axes = plt.subplots()
 axes.plot(list(losses), list(losses.values()), marker="o")
 axes.set(xlabel="evaluated with", ylabel="validation loss (nats per character)")
@@ -1215,7 +1216,7 @@ def attention_time(T, n_rounds):
 
 
 times = {
-    "fused" if n == 0 else name(n): [attention_time(T, n) for T in lengths] for n in (0, 1, 2, 4)
+    "fused" if n == 0 else called(n): [attention_time(T, n) for T in lengths] for n in (0, 1, 2, 4)
 }
 
 # %%
@@ -1227,6 +1228,7 @@ figures.curves(
 axes.set(xscale="log", yscale="log")
 axes.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
 axes.minorticks_off()
+axes.legend(loc="lower right")
 axes.set_title("Attention, forward and backward")
 figures.show(
     figure,
@@ -1249,7 +1251,7 @@ def crossing(ts):
 
 
 for n in (1, 2, 4):
-    print(f"{name(n):9} faster than fused attention from about {crossing(times[name(n)]):,.0f} tokens on")
+    print(f"{called(n):9} faster than fused attention from about {crossing(times[called(n)]):,.0f} tokens on")
 
 # %% [markdown]
 # The level curves are the paper's claim, and it holds. But mind where the lines cross. In 2020 attention
@@ -1353,24 +1355,52 @@ def peak(model, tokens):
     return measure.peak_bytes(run, device) / MiB
 
 
-T = 2048
-vanilla = VanillaTransformer(**WIDE, max_len=T).to(device)
+T, DEEP = 2048, 8
+vanilla = VanillaTransformer(**WIDE | dict(n_layers=DEEP), max_len=T).to(device)
 peaks = {
     "vanilla": peak(vanilla, text_of(T)),
-    "ordinary": peak(reformer_of(T, reversible=False), text_of(T)),
-    "reversible,\nin one piece": peak(reformer_of(T, piece_len=T), text_of(T)),
-    "reversible,\npieces of 128": peak(reformer_of(T, piece_len=128), text_of(T)),
+    "ordinary": peak(reformer_of(T, DEEP, reversible=False), text_of(T)),
+    "reversible": peak(reformer_of(T, DEEP), text_of(T)),
+    "parameters\nand gradients": 2 * sum(p.nbytes for p in vanilla.parameters()) / MiB,
 }
 figure, axes = plt.subplots()
 figures.bars(axes, peaks, ylabel="MiB at the peak", number="{:.0f}")
-axes.set_title(f"A training step, four layers, a window of {T:,} tokens")
+axes.set_title(f"A training step, eight layers, a window of {T:,} tokens")
 figures.show(
     figure,
-    "Bars of the peak memory of a training step: the ordinary stack and the vanilla model are high, the reversible "
-    "model is much lower, and lower still with the feed-forward network in pieces.",
+    "Bars of the peak memory of a training step: the ordinary stack is highest, the vanilla model next, and the "
+    "reversible model much lower. The parameters and gradients of the model are shown for comparison.",
 )
-values = list(peaks.values())
-assert values[3] < values[2] < 0.6 * min(values[:2])
+assert peaks["reversible"] < 0.75 * min(peaks["vanilla"], peaks["ordinary"])
+
+# %% [markdown]
+# What sets the peak of the reversible model is one layer at work, most of all the backward pass of
+# attention. The feed-forward block would come next, with its hidden layer of four times the width, if it were not for the
+# pieces. Look at it alone, there and back:
+
+# %%
+def block_peak(piece_len, T=4096):
+    """MiB at the peak of a feed-forward block, forward and then undone, in pieces."""
+    block, x = FeedForward(128, 512, piece_len).to(device), torch.randn(1, T, 128, device=device)
+
+    def there_and_back():
+        with torch.no_grad():
+            y, _ = couple(block, x, x)
+            uncouple(block, x, y, x, y, None, dict(enabled=False))
+
+    return measure.peak_bytes(there_and_back, device) / MiB
+
+
+pieces = {f"{n:,}": block_peak(n) for n in (4096, 1024, 256, 64)}
+figure, axes = plt.subplots()
+figures.bars(axes, pieces, ylabel="MiB at the peak", number="{:.0f}")
+axes.set(title="Feed-forward, 4,096 tokens in pieces", xlabel="tokens in a piece")
+figures.show(
+    figure,
+    "Bars of the peak memory of a feed-forward block at 4,096 tokens, in pieces of 4,096, 1,024, 256 and 64 tokens: "
+    "falling steeply at first, and levelling off.",
+)
+assert pieces["256"] < 0.5 * pieces["4,096"]
 
 # %% [markdown]
 # What does it cost in time? The same model with and without rebuilding:
@@ -1412,7 +1442,7 @@ n_buckets = 2 * T // reformer.settings.chunk_len
 by_bucket, chance = [], []
 for exact, _, buckets in found:
     h = F.one_hot(buckets[0].long(), n_buckets).float()  # (B, H, T, n_buckets)
-    mass = (h.mT @ exact[:, :, 1:].new_zeros(1) if False else h.mT @ exact @ h).sum(dim=(0, 1))
+    mass = (h.mT @ exact @ h).sum(dim=(0, 1))  # (n_buckets, n_buckets)
     blind = (h.mT @ torch.ones_like(exact).tril(-1) @ h).sum(dim=(0, 1))
     by_bucket.append((mass / mass.sum()).cpu())
     chance.append((blind.trace() / blind.sum()).item())
@@ -1424,6 +1454,7 @@ for n, (ax, mass) in enumerate(zip(axes, by_bucket)):
         ax, mass / mass.sum(dim=1, keepdim=True), title=f"layer {n + 1}", cmap="Blues", vmin=0, vmax=1,
         xlabel="bucket of the key", ylabel="bucket of the query" if n == 0 else "",
     )
+    ax.set(xticks=range(0, n_buckets, 5), yticks=range(0, n_buckets, 5))
 figures.show(
     figure,
     "For each of three layers, the attention of exact attention by bucket of the query and bucket of the key, "
@@ -1486,12 +1517,12 @@ def change(model, tokens, position):
 model = reformer.double().eval()
 tokens = text_of(T, B=8)
 leaks = {}
-for n in (1, 2, 8, 0):
+for n in (1, 2, 4, 8, 0):
     model.settings.n_rounds = n
-    leaks[name(n)] = torch.cat([change(model, tokens, p).flatten() for p in (100, 180, 250)])
+    leaks[called(n)] = torch.cat([change(model, tokens, p).flatten() for p in (100, 180, 250)])
 for label, leak in leaks.items():
     print(f"{label:9} {(leak > 1e-9).double().mean():6.1%} of the earlier logits move, by {leak.mean():.4f} on average")
-assert leaks["exact"].max() < 1e-9 and leaks["2 rounds"].max() > 1e-9
+assert leaks["exact"].max() < 1e-9 < leaks["2 rounds"].max() and leaks["2 rounds"].mean() < 0.02
 
 # %% [markdown]
 # So hashed attention is not strictly causal: *which* past keys a query sees depends a little on the whole
@@ -1499,22 +1530,20 @@ assert leaks["exact"].max() < 1e-9 and leaks["2 rounds"].max() > 1e-9
 # changes at all:
 
 # %%
-fixed = {}
 model.settings.n_rounds = 2
-for n, attention in enumerate(model.blocks[::2]):
-    fixed[n] = attention.hash
-    attention.hash = lambda q, seed=n: hash_vectors(torch.arange(T)[None, None, :, None].expand(len(q), 4, T, 1).double().to(q).sin() + torch.zeros_like(q), 16, 2, seed)
+for attention in model.blocks[::2]:  # buckets (R, B, H, T) that do not depend on the text
+    attention.hash = lambda q: (7 * torch.arange(T, device=q.device) % 16).expand(2, *q.shape[:3])
 strict = torch.cat([change(model, tokens, p).flatten() for p in (100, 180, 250)])
-for n, attention in enumerate(model.blocks[::2]):
+for attention in model.blocks[::2]:
     del attention.hash
 reformer = model.float()
-print(f"with buckets by position alone: largest change {strict.max():.0e}")
+print(f"buckets by position alone: largest change {strict.max():.0e}")
 assert strict.max() < 1e-9
 
 # %% [markdown]
 # This is a property of the algorithm, in the paper and in every implementation that hashes the whole
 # window. For the same reason generation, which has no future to hash, may see slightly other sets than
-# training did. More rounds make it smaller, because a key that one round loses another one finds.
+# training did. More rounds do not stop it: there are more sets that may change, though each has less to say.
 #
 # ## 4.7 Departures from the paper
 #
