@@ -50,9 +50,9 @@ def run(blocks, x, kept=None, random=False):
 
 
 def uncouple(block, x, y, dx, dy, kept, autocast):
-    """Undoes `couple`, and goes back through it: (x, y before, dx before, parameters' grads).
+    """The way back: y before `couple`, the gradient of x, and those of the parameters.
 
-    dy is the gradient of what came out and of what went in: y only had something added.
+    dy, the gradient of what came out, is also that of y: y only had something added.
     """
     own, grads, ys, dxs = [p for p in block.parameters() if p.requires_grad], [], [], []
     pieces = (t.split(block.piece_len or x.size(1), dim=1) for t in (x, y, dx, dy))
@@ -67,6 +67,11 @@ def uncouple(block, x, y, dx, dy, kept, autocast):
     return torch.cat(ys, dim=1), torch.cat(dxs, dim=1), grads
 
 
+def modes(blocks):
+    """What must not change between forward and backward."""
+    return [(block.training, str(getattr(block, "settings", ""))) for block in blocks]
+
+
 class Reversible(torch.autograd.Function):
     """As `run`, x (B, T, d_model) -> [x1 ; x2] (B, T, 2 * d_model), and keeps only that.
 
@@ -76,7 +81,7 @@ class Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, blocks, random, *parameters):
-        ctx.blocks, ctx.training, device = blocks, blocks.training, x.device.type
+        ctx.blocks, ctx.modes, device = blocks, modes(blocks), x.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.autocast = dict(enabled=enabled, dtype=dtype, cache_enabled=False)
         kept = []
@@ -88,8 +93,8 @@ class Reversible(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if ctx.blocks.training != ctx.training:
-            raise RuntimeError("train() or eval() was called between forward and backward")
+        if modes(ctx.blocks) != ctx.modes:
+            raise RuntimeError("train, eval or settings changed between forward and backward")
         y, *kept = ctx.saved_tensors
         (x1, x2), (d1, d2), grads = y.chunk(2, dim=-1), dy.chunk(2, dim=-1), []
         now = random_state(y.device)

@@ -818,9 +818,9 @@ def run(blocks, x, kept=None, random=False):
 
 # %% tags=["from-module"]
 def uncouple(block, x, y, dx, dy, kept, autocast):
-    """Undoes `couple`, and goes back through it: (x, y before, dx before, parameters' grads).
+    """The way back: y before `couple`, the gradient of x, and those of the parameters.
 
-    dy is the gradient of what came out and of what went in: y only had something added.
+    dy, the gradient of what came out, is also that of y: y only had something added.
     """
     own, grads, ys, dxs = [p for p in block.parameters() if p.requires_grad], [], [], []
     pieces = (t.split(block.piece_len or x.size(1), dim=1) for t in (x, y, dx, dy))
@@ -834,6 +834,15 @@ def uncouple(block, x, y, dx, dy, kept, autocast):
         grads = [a + b for a, b in zip(grads, more)] if grads else more
     return torch.cat(ys, dim=1), torch.cat(dxs, dim=1), grads
 
+# %% [markdown]
+# If the model went from training to evaluation in between, or its settings changed, the second computation
+# would not be the first one again. That must be an error and not a wrong gradient.
+
+# %% tags=["from-module"]
+def modes(blocks):
+    """What must not change between forward and backward."""
+    return [(block.training, str(getattr(block, "settings", ""))) for block in blocks]
+
 # %% tags=["from-module"]
 class Reversible(torch.autograd.Function):
     """As `run`, x (B, T, d_model) -> [x1 ; x2] (B, T, 2 * d_model), and keeps only that.
@@ -844,7 +853,7 @@ class Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, blocks, random, *parameters):
-        ctx.blocks, ctx.training, device = blocks, blocks.training, x.device.type
+        ctx.blocks, ctx.modes, device = blocks, modes(blocks), x.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.autocast = dict(enabled=enabled, dtype=dtype, cache_enabled=False)
         kept = []
@@ -856,8 +865,8 @@ class Reversible(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        if ctx.blocks.training != ctx.training:
-            raise RuntimeError("train() or eval() was called between forward and backward")
+        if modes(ctx.blocks) != ctx.modes:
+            raise RuntimeError("train, eval or settings changed between forward and backward")
         y, *kept = ctx.saved_tensors
         (x1, x2), (d1, d2), grads = y.chunk(2, dim=-1), dy.chunk(2, dim=-1), []
         now = random_state(y.device)
@@ -1327,7 +1336,7 @@ figure, axes = plt.subplots()
 figures.curves(axes, lengths, by_length, marker="o", xlabel="length (tokens)", ylabel="MiB")
 for (label, values), style in zip(formula.items(), (":", "--")):
     axes.plot(lengths, values, color="black", linestyle=style, linewidth=1, label=f"Table 3, {label}")
-axes.set(xscale="log", yscale="log", title="Four layers, kept for the backward pass")
+axes.set(xscale="log", yscale="log", ylim=(0.3, 5000), title="Four layers, kept for the backward pass")
 axes.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
 axes.minorticks_off()
 axes.legend()

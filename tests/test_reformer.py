@@ -481,6 +481,9 @@ def test_says_when_backward_cannot_work():
     with pytest.raises(RuntimeError, match="between forward and backward"):
         loss.backward()
     model.train()
+    loss, model.settings.n_rounds = once(model), 0
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        loss.backward()
     loss = once(model)
     with torch.no_grad():
         model.blocks[0].out.weight.add_(1)
