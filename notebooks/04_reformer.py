@@ -487,11 +487,11 @@ print(windows(sorted_rows, torch.arange(8), c=2).squeeze(1))  # (G, 2c)
 
 # %% [markdown]
 # Each chunk, with the one before it. The first chunk has nothing before it; what stands there is
-# filler. (The paper's own description lets the first chunk look back to the last one. Then a mask
-# must keep the beginning of the text from seeing its end.)
+# filler, and must never be seen. (Much code lets the first chunk look back to the last one. Then a
+# mask must keep the beginning of the text from seeing its end.)
 #
-# Next come the scores, by equation 16, in base 2: on many processors `exp` is very slow for the
-# large negative numbers of masked scores, and `exp2` is not. The labels of a row are its codes in
+# Next come the scores, by equation 16, in base 2: on the processor where this was written, `exp` is
+# very slow for the large negative numbers of masked scores, and `exp2` is not. The labels of a row are its codes in
 # all rounds and its position. Shifting a difference of codes right by one bit gives 0 for 0 and 1,
 # and something else for anything else.
 
@@ -898,8 +898,8 @@ class Reversible(torch.autograd.Function):
 # %% [markdown]
 # ### The rest of the model
 #
-# The feed-forward block, and positions. A table of positions for 65,536 tokens would be larger than
-# the model. **Axial positions** factorise it: write position $n$ as a row and a column of a grid,
+# The feed-forward block, and positions. For a very long window a table with one vector for each
+# position would be larger than the rest of the model. **Axial positions** factorise it: write position $n$ as a row and a column of a grid,
 # give each row and each column half a vector, and join the two halves.
 
 # %% tags=["from-module"]
@@ -1153,7 +1153,7 @@ print("  ".join(f"{n}: {loss:.3f}" for n, loss in losses.items()))
 assert losses["1 round"] > losses["8 rounds"] - 0.005 and abs(losses["8 rounds"] - losses["exact"]) < 0.03
 
 # %% [markdown]
-# ### Shared QK and reversible layers cost nothing
+# ### Shared QK and reversible layers cost little
 #
 # Figure 3 of the paper: curves with shared QK, and with reversible layers, lie on those without.
 # For the comparison all models use exact attention, and windows of 64 characters. Two variants have
@@ -1351,7 +1351,7 @@ assert growth < 1.05 and by_depth["ordinary"][-1] > 8 * by_depth["ordinary"][0]
 #
 # Four layers, longer and longer windows. For the vanilla model there are two numbers: as it is,
 # with fused attention, and with the weights stored as everybody did in 2020. (The recorder of this
-# course opens fused attention up to see the weights, and then autograd keeps them.) The dotted
+# course opens fused attention up to see the weights, and then autograd keeps them.) The black
 # lines are the formulas of Table 3, times 4 bytes.
 
 # %%
@@ -1621,10 +1621,9 @@ assert strict.max() < 1e-9
 #
 # | here | the paper | why |
 # | --- | --- | --- |
-# | the first chunk looks back at nothing | it may wrap around to the last one, and is masked | the same sets, without a trap |
 # | rounds are added up as sums and weighted sums | as log-sum-exps | the same numbers; for tokens that can only look at themselves, at $-10^5$, it is more exact |
 # | windows of up to two chunks get exact attention | always hashed | costs no more, and finds more |
-# | rotations differ by step in training, and are fixed in evaluation | random each time | evaluation can be repeated |
+# | rotations differ by step in training, and are fixed in evaluation | random | evaluation can be repeated |
 # | no dropout on attention weights | some | the scores are never held whole; dropout is on the outputs of the blocks |
 # | buckets are kept for the backward pass | not said | a rebuilt vector may fall into another bucket |
 # | short windows, small models, minutes | 64K tokens, 12 to 20 layers, days on accelerators | what a notebook can do |
