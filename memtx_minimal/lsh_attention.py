@@ -191,7 +191,7 @@ def lsh_attention(q, k, v, buckets, c, bucket_mask=True, duplicates=True):
     order, code = sort_buckets(buckets, c, bucket_mask)
     position = torch.arange(code.size(1), device=q.device) % (T + pad)  # (N,)
     labels = torch.cat([code, position[None]]).T  # (N, R + 1)
-    labels = labels.to(torch.int16 if labels.max() < 2**15 else torch.int32).contiguous()
+    labels = labels.to(torch.int16 if labels.max() + 1 < 2**15 else torch.int32).contiguous()
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = [F.pad(x.to(wide), (0, 0, 0, pad)).flatten(0, 2) for x in (q, k, v)]  # (N, d_head)
     out = HashedAttention.apply(*rows, order, labels, c, T + pad, duplicates)

@@ -175,6 +175,13 @@ def test_long_texts_need_more_bits():
     torch.testing.assert_close(out[:, :, some], alone[:, :, 40:])
 
 
+@pytest.mark.parametrize("T", [2**15 - 8, 2**15, 2**15 + 8])
+def test_first_chunk_does_not_look_back_where_int16_ends(T):
+    q, v = vectors(T, B=1, H=1, dtype=torch.float32)
+    out = attend(q, v, torch.zeros(1, 1, 1, T), 8)[:, :, :8]
+    torch.testing.assert_close(out, attend(q[:, :, :8], v[:, :, :8], torch.zeros(1, 1, 1, 8), 8))
+
+
 # ------------------------------------------------------------------ hashing and sorting
 
 
