@@ -152,6 +152,8 @@ def record_attention(model):
     with record_attention(model) as weights:
         model(tokens, memory)
     weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
+
+    A Reformer that hashes never has them whole: ask reformer.look.
     """
     weights, modes = [], []
 

