@@ -214,12 +214,12 @@ def add_products(first, block, heads, sums):
 
 
 class Segment(Function):
-    """A segment for autograd.
+    """A segment for autograd, all steps at once.
 
     x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
     alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
-    and memory vectors (B, T, d_model), keys and values with T more slots. Only the outputs
-    can be differentiated: vectors, keys and values are to be read.
+    and memory vectors (B, T, d_model), keys and values with T more slots; only the outputs
+    can be differentiated.
     """
 
     @staticmethod
@@ -256,6 +256,5 @@ class Segment(Function):
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
         g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
-        g_past = sums.x.transpose(0, 1), g_keys.mT, g_values
-        g_weights = (w for layer in sums.layers for w in layer)
-        return *g_past, g_alpha, sums.positions, g_W_kv, sums.new.sum((0, 1)), *g_weights
+        g_x, g_b_kv, g_weights = sums.x.transpose(0, 1), sums.new.sum((0, 1)), sum(sums.layers, [])
+        return g_x, g_keys.mT, g_values, g_alpha, sums.positions, g_W_kv, g_b_kv, *g_weights

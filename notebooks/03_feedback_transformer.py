@@ -789,12 +789,12 @@ def add_products(first, block, heads, sums):
 
 # %% tags=["from-module"]
 class Segment(Function):
-    """A segment for autograd.
+    """A segment for autograd, all steps at once.
 
     x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
     alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
-    and memory vectors (B, T, d_model), keys and values with T more slots. Only the outputs
-    can be differentiated: vectors, keys and values are to be read.
+    and memory vectors (B, T, d_model), keys and values with T more slots; only the outputs
+    can be differentiated.
     """
 
     @staticmethod
@@ -831,9 +831,8 @@ class Segment(Function):
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
         g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
-        g_past = sums.x.transpose(0, 1), g_keys.mT, g_values
-        g_weights = (w for layer in sums.layers for w in layer)
-        return *g_past, g_alpha, sums.positions, g_W_kv, sums.new.sum((0, 1)), *g_weights
+        g_x, g_b_kv, g_weights = sums.x.transpose(0, 1), sums.new.sum((0, 1)), sum(sums.layers, [])
+        return g_x, g_keys.mT, g_values, g_alpha, sums.positions, g_W_kv, g_b_kv, *g_weights
 
 # %% [markdown]
 # Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in
@@ -1369,7 +1368,7 @@ for name, make, per_token in [
 
 # %%
 def backward_bytes(model, length):
-    tokens = corpus.valid[: 16 * length].view(16, length).to(device)
+    tokens = corpus.valid[: 16 * length].view(16, length).clone().to(device)  # not all of the text's bytes
     return measure.bytes_for_backward(model, lambda: model(tokens)[0])
 
 
@@ -1381,8 +1380,8 @@ kept = {
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.6))
-for marker, (name, values) in zip("osd", cache.items()):
-    (line,) = axes[0].plot(layer_counts, values, marker, label=name)
+for marker, size, (name, values) in zip("osd", (11, 6, 6), cache.items()):
+    (line,) = axes[0].plot(layer_counts, values, marker, markersize=size, label=name)
     axes[0].plot(layer_counts, computed[name], ":", color=line.get_color())
 axes[0].set(xlabel="layers", ylabel="bytes per token", ylim=(0, None), title="cache; dotted: computed")
 figures.curves(
