@@ -57,7 +57,9 @@ def test_convolution_has_kernel_and_stride_c():
 
 
 def test_dilated_convolution_sees_past_its_group_and_no_farther_than_its_gaps():
-    f_c, old = COMPRESSIONS["dilated"](4, 2).double(), states(1, 20, 4).requires_grad_()
+    f_c, old = COMPRESSIONS["dilated"](4, 2).double(), states(1, 20, 4).abs().requires_grad_()
+    for parameter in f_c.parameters():
+        torch.nn.init.ones_(parameter)  # no unit of the ReLU is silent
     f_c(old)[0, 5].sum().backward()  # the group of the states 10 and 11
     felt = old.grad[0].abs().sum(dim=1).nonzero().flatten()
     assert felt.min() == 10 - 3 and felt.max() == 11 + 3
@@ -186,6 +188,20 @@ def test_temporal_range_is_layers_times_memory_plus_rate_times_compressed():
         if (read(model, other, T)[0][:, -1] - before).abs().max() > 1e-12:
             felt.append(position)
     assert felt == list(range(n - T - L * (M + c * C), n))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_recorded_attention_covers_both_memories_and_the_segment(compression):
+    model = make(compression=compression)
+    _, memory = read(model, tokens(2, 24), 4)
+    plain = model(tokens(2, 4, seed=2), memory)[0]
+    with record_attention(model) as weights:
+        assert torch.equal(model(tokens(2, 4, seed=2), memory)[0], plain)
+    assert [w.shape for w in weights] == [(2, 2, 4, 3 + 4 + 4)] * 3
+    for w in weights:
+        torch.testing.assert_close(w.sum(dim=-1), torch.ones(2, 2, 4, dtype=w.dtype))
+        assert (w.triu(7 + 1) == 0).all() and (w[..., 0, :8] > 0).all()
 
 
 # ------------------------------------------------------------------ what each loss touches

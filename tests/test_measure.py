@@ -79,8 +79,9 @@ def test_seconds_is_the_median_without_warm_up(monkeypatch):
 # ------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "reformer hashed"])  # has no whole softmax: see reformer.look
+@pytest.mark.parametrize("name", [n for n in MODELS if n.split()[0] in ("vanilla", "xl") or n == "reformer short"])
 def test_recording_changes_nothing_and_gives_every_layer(name):
+    """One softmax a layer. The others have tests of their own: pieces, steps, and no whole softmax when hashed."""
     torch.manual_seed(0)
     model = MODELS[name]().double().eval()
     _, memory = model(tokens(2, 8))
