@@ -1569,7 +1569,7 @@ assert difference < 0.3 and abs(hashed.sum() - 1) < 1e-3
 # ### What a hash gives away
 #
 # A language model must not know the future. The mask sees to it that no query looks at a later key.
-# Is that enough? Change the last token of a window and see whether earlier logits change. In exact
+# Is that enough? Change one token of a window and see whether earlier logits change. In exact
 # attention none does. With hashing the changed token may fall into another bucket; then it stands
 # elsewhere in the sorted row, everything between moves by one place, and some chunks begin at
 # another token. So a query may lose or gain a key from *its own past*, because of something in its
