@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_models import SMALL, tokens
 
 from memtx_minimal import lsh_attention as lsh
-from memtx_minimal.lsh_attention import LSHAttention, exact_mask, hash_vectors, lsh_attention, sort_buckets
+from memtx_minimal.lsh_attention import LSHAttention, attention_weights, exact_mask, hash_vectors, lsh_attention, sort_buckets
 from memtx_minimal.measure import bytes_for_backward, peak_bytes, record_attention
 from memtx_minimal.reformer import AxialPositions, Reformer, look
 from memtx_minimal.training import generate
@@ -336,6 +336,16 @@ def test_half_precision_is_finite(dtype, T):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_first_token_looks_at_itself_in_half_precision(dtype):
+    """-1e5 is minus infinity in float16: the first token would have nothing to look at."""
+    q, v = vectors(6, dtype=dtype)
+    weights = attention_weights(q, F.normalize(q, dim=-1), None, 4)
+    assert (weights[..., 0, 0] == 1).all() and weights.isfinite().all()
+    out = F.scaled_dot_product_attention(q, F.normalize(q, dim=-1), v, exact_mask(q), scale=1.0)
+    torch.testing.assert_close(out[:, :, 0], v[:, :, 0])
+
+
 def test_generation_re_reads_its_window():
     model = make().float()
     text = generate(model, tokens(1, 30)[0], 20)
@@ -412,6 +422,17 @@ def autocast(model):
         return once(model).float()
 
 
+class Inside:
+    """A loss whose backward pass also runs under autocast, in the same block as the forward pass."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def backward(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            once(self.model).float().backward()
+
+
 @pytest.mark.parametrize("work", [once, twice])
 @pytest.mark.parametrize("kw", [{}, {"dropout": 0.4}, {"n_rounds": 0, "dropout": 0.4}, {"bucket_mask": False, "duplicates": False}])
 def test_reversible_gradients_equal_ordinary_autograd(kw, work):
@@ -419,10 +440,12 @@ def test_reversible_gradients_equal_ordinary_autograd(kw, work):
     torch.testing.assert_close(gradients(make(**kw), work), gradients(make(reversible=False, **kw), work))
 
 
-def test_reversible_gradients_under_autocast():
-    mine, right = (gradients(make(reversible=r).float(), autocast) for r in (True, False))
+@pytest.mark.parametrize("work", [autocast, Inside])
+def test_reversible_gradients_under_autocast(work):
+    """The same bfloat16 products the second time, and none that forward had cached without gradients."""
+    mine, right = (gradients(make(reversible=r, dropout=0.1).float(), work) for r in (True, False))
     for a, b in zip(mine, right):
-        assert (a - b).norm() < 0.02 * b.norm()
+        assert (a - b).norm() < 0.006 * b.norm()
 
 
 def test_backward_under_autocast_changes_nothing():
