@@ -147,7 +147,7 @@ for token, cup in zip(tokens[0], targets[0]):
 
 # %%
 GAMES = dict(vocab_size=len(pairs), d_model=64, n_heads=4, d_ff=256)
-LESSONS = [(2, 80, 1e-2), (4, 160, 1e-2), (8, 120, 5e-3), (16, 60, 2e-3), (32, 40, 1e-3)]
+LESSONS = [(2, 150, 1e-2), (4, 250, 1e-2), (8, 150, 1e-2), (16, 80, 5e-3), (32, 40, 1e-3)]
 
 
 def learn(model, lessons, scale=1.0):
