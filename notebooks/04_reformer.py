@@ -1268,7 +1268,7 @@ figures.curves(
 axes.set(xscale="log", yscale="log")
 axes.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
 axes.minorticks_off()
-axes.legend(loc="upper left")
+axes.legend(loc="upper left", ncols=2)
 axes.set_title("Attention, forward and backward")
 figures.show(
     figure,
