@@ -153,7 +153,8 @@ def record_attention(model):
         model(tokens, memory)
     weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
 
-    A Reformer that hashes never has them whole: ask reformer.look.
+    A model that reads in pieces or in steps gives them piece by piece, step by step. A Reformer that
+    hashes never has them whole: ask reformer.look.
     """
     weights, modes = [], []
 

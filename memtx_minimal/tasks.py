@@ -1,7 +1,7 @@
 """Streams with a known right answer, made up as they go: what a memory must hold is known to the token.
 
-Each yields endlessly what `training.train` takes in place of a stream: (tokens, targets, at_start), tokens and
-targets (B, T) int64. Targets of -100 do not count.
+Each yields endlessly what `training.train` takes in place of a stream: (tokens, targets, at_start, ...), tokens
+and targets (B, T) int64. Targets of -100 do not count.
 """
 
 import torch
@@ -10,7 +10,7 @@ NOISE, KEYS, VALUES = 8, 4, 8
 RECALL_VOCAB = NOISE + KEYS * VALUES + KEYS  # 44 tokens
 
 
-def recall(batch_size, segment_len, seed=0, device=None):
+def recall(batch_size, segment_len, seed=0):
     """Endless lanes in which values are given to keys and asked for later; chance is 1 / 8.
 
     Of the tokens 6 % say "this key has now this value" (one token a pair), 40 % ask for a key, and the rest
@@ -38,7 +38,7 @@ def recall(batch_size, segment_len, seed=0, device=None):
             known = asks[:, t] & (latest[rows, k] >= 0)
             targets[known, t] = latest[rows, k][known]
             ages[known, t] = since[rows, k][known]
-        yield tokens.to(device), targets.to(device), at_start, ages
+        yield tokens, targets, at_start, ages
         at_start = False
 
 

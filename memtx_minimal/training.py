@@ -59,14 +59,14 @@ def train(
 ):  # fmt: skip
     """Train a model on a stream of token ids (N,), in place, with memory from segment to segment.
 
-    In place of a stream you may pass an endless iterator of (tokens, targets, at_start), such as a task
-    made up as it goes; targets of -100 do not count, and at_start True forgets the memory.
+    In place of a stream you may pass an endless iterator of (tokens, targets, at_start, ...), such as a
+    task made up as it goes; targets of -100 do not count, and at_start True forgets the memory.
     AdamW, warm-up and cosine decay, gradients clipped at norm `clip`. With `valid` (another stream)
     the model is evaluated every `valid_every` steps and after the last. Returns the history:
     {"loss": nats per token, one a step; "valid": [(steps done, nats per token), ...]}.
     A loss that is not finite raises FloatingPointError. Ctrl-C returns the history so far.
     """
-    device, history = device_of(model), {"loss": [], "valid": []}
+    device, history, memory = device_of(model), {"loss": [], "valid": []}, None
     if isinstance(stream, torch.Tensor):
         stream = endless(stream.to(device), batch_size, segment_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
@@ -74,7 +74,7 @@ def train(
     model.train()
     try:
         for step in bar:
-            tokens, targets, at_start = next(stream)
+            tokens, targets, at_start, *_ = next(stream)
             tokens, targets = tokens.to(device), targets.to(device)
             if at_start:
                 memory = None

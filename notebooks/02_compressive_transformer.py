@@ -161,8 +161,7 @@ RECALL_STEPS = 1000
 
 def learn_recall(model):
     """Train on the recall task, in place; segments of 16, memory from one to the next."""
-    batches = (batch[:3] for batch in tasks.recall(32, 16, SEED + 1))  # without the ages
-    _ = training.train(model.to(device), batches, steps=RECALL_STEPS, lr=2e-3)
+    _ = training.train(model.to(device), tasks.recall(32, 16, SEED + 1), steps=RECALL_STEPS, lr=2e-3)
     return model
 
 
@@ -779,14 +778,13 @@ assert xl_recall[1] > mean_8[2:8].mean() + 0.1  # the price: detail
 
 # %% [markdown]
 # What came out is what the pipeline promises. The edge moves out with the rate, and each curve ends about where its
-# compressed memory ends. At twice the reach of Transformer-XL, rate 8 still answers about half of the questions or more, with the
+# compressed memory ends. At twice the reach of Transformer-XL, rate 8 still answers far more questions than a guess would, with the
 # same 32 slots. You also see the price. Inside its memory Transformer-XL makes few mistakes; a state that is one of
 # eight in a mean is read with more. Coarser, but further: that is the trade.
 #
 # The learned convolution does worse here than the plain mean. That is not the order of the paper, where the
-# convolution with attention reconstruction is best. On this stream every token is worth the same until
-# it is asked for, so there is little to learn about what to keep, and the convolution has first to learn what the mean
-# does from the start.
+# convolution with attention reconstruction is best. Why, this notebook does not settle. Its matrix starts
+# at random, and learns to give back what attention reads *now*; the mean hands something of every state on from the first step.
 #
 # ### Where it looks: the attention-bucket figure
 #
@@ -954,17 +952,19 @@ figures.show(
 trained = [error for (_, loss), error in errors.items() if loss == "attention"]
 others = [error for (_, loss), error in errors.items() if loss != "attention"]
 assert max(trained) < min(others) - 0.1
-assert errors["conv", "auto-encoding"] > 1 and spread < 0.1
+poolings = [errors[name, None] for name in ("max", "mean", "most-used")]
+assert min(errors["conv", "auto-encoding"], errors["conv", "bptt"]) > 1.1 * max(poolings) > 0.8
+assert spread < 0.1
 
 # %% [markdown]
-# **Validation loss.** The paper's rows differ by 2 % after long training. Here they differ by about as much as seeds of
-# one row do, so their order says nothing. This text at this size cannot tell the compressions apart.
+# **Validation loss.** The paper's rows differ by 2 % after long training. Here seven rows lie little wider apart than three
+# seeds of a single row, so their order says nothing. This text at this size cannot tell the compressions apart.
 #
-# **Reconstruction.** Here the rows do differ. What is trained by attention reconstruction is best at it, as it must be. The
-# lesson is in the others: an error of 1 means that attention might as well have read zeros, and auto-encoding is
-# beyond that. Its states may hold everything, since $g$ can decode them. But attention does not read through $g$.
-# It reads with the layer's own keys and values, and nothing has told $f_c$ to write in their language. The
-# poolings never leave that language.
+# **Reconstruction.** Here the rows do differ. What is trained by attention reconstruction is best at it, as it must be. An
+# error of 1 means that attention might as well have read zeros: the mean stays just below that, maximum and most-used just
+# above. The lesson is in the two convolutions with another loss, which are far beyond. Under auto-encoding the states may hold
+# everything, since $g$ can decode them. But attention does not read through $g$. It reads with the layer's own keys and
+# values, and nothing has told $f_c$ to write in their language.
 #
 # ### Reconstruction, layer by layer
 #
@@ -1181,8 +1181,8 @@ print("time of Transformer-XL over Compressive at c = 4, by range:", shown)
 # (H2O and SnapKV keep the most used ones, as `MostUsed` does), and in agents that summarise their old conversation.
 # - **PG-19**, the collection of books that the paper published with the model, is a standard test for long texts.
 # - The **∞-former** and **Memorizing Transformers** keep old states in other ways: as a continuous signal, and uncompressed, found by nearest neighbours.
-# - Learned compression came back in language models as **gist tokens** and AutoCompressors: a model learns to say a long text in a few states. Their loss is
-# the one that the paper could not afford, BPTT.
+# - Learned compression came back in language models as **gist tokens** and AutoCompressors: a model learns to say a long text in a
+# few states, trained by the loss of the text that follows, the signal that was too costly here.
 #
 # ## 2.7 Exercises
 #

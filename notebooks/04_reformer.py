@@ -1469,7 +1469,7 @@ there, back = (
     step_time(reformer_of(1024, reversible=r), text_of(1024), rounds=5) for r in (False, True)
 )
 print(f"a reversible step takes {back / there:.2f} times as long")
-assert 1 < back / there < 2
+assert back / there < 3
 
 # %% [markdown]
 # ### Where it looks

@@ -55,7 +55,7 @@ class LabmlCompressive(nn.Module):
         return self.generator(x), (recent, compressed), self.reconstruction(new, old)
 
 
-def our_training(**kw):
+def our_training():
     from memtx_minimal.compressive_transformer import CompressiveTransformer
 
     return training("ours", CompressiveTransformer(VOCAB, **SIZE, **SLOTS, compression="conv", loss="attention"))
@@ -101,7 +101,7 @@ def recall():
     squeezed = {"mem_len": 16, "compressed_len": 16, "compression_rate": 8, "compression": "mean", "loss": None}
     result = {}
     for name, model in [("compressive", CompressiveTransformer(**sizes, **squeezed)), ("xl", TransformerXL(**sizes, mem_len=32))]:
-        train(model, (batch[:3] for batch in task(32, 16, 1)), steps=800, lr=2e-3, progress=False)
+        train(model, task(32, 16, 1), steps=800, lr=2e-3, progress=False)
         right = asked = 0
         memory = None
         with torch.inference_mode():
