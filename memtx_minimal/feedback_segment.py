@@ -6,29 +6,67 @@ weights, keys and values need is formed from the signals of a whole block of ste
 few large matrix products.
 
 Letters as in feedback_transformer.py; also N = B * H, each head of each text, S = M + T,
-memory and segment, and C, the steps of a block. A layer is its weights W_q, b_q, W_o,
-W_1, b_1, W_2, b_2: query, output of attention, feed-forward. Gain and shift of each norm
-are part of the weights behind it, and so is the scale of the scores.
+memory and segment, and C, the steps of a block. A layer is its ten weights: gain_q and
+shift_q of a norm, W_q (with the scale of the scores in it) and W_o of attention; gain_1
+and shift_1 of a norm, W_1, b_1, W_2 and b_2 of the feed-forward.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
+from torch.nn import functional as F
 
 BLOCK = 16  # steps in a block
 
 
-def normalise(x):
-    """Layer norm without gain and shift; also mean and 1 / deviation, for its backward."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+def normalise(x, gain=None, shift=None):
+    """Layer norm; also mean and 1 / deviation, for its backward."""
+    return torch.native_layer_norm(x, x.shape[-1:], gain, shift, 1e-5)
 
 
 def normalise_back(g, x, mean, rstd):
     """The error at x, from the error g at normalise(x)."""
     back = torch.ops.aten.native_layer_norm_backward.default
     return back(g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+
+
+def fold(gain, shift, W):
+    """W @ (gain * x + shift) is W_x @ x + b_x: W_x and b_x."""
+    return W * gain, W @ shift
+
+
+def fold_back(g_W_x, g_b_x, gain, shift, W):
+    """The errors at gain, shift and W, from those at what fold made of them."""
+    return (g_W_x * W).sum(dim=0), g_b_x @ W, torch.addr(g_W_x * gain, g_b_x, shift)
+
+
+def fold_layer(gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2):
+    """A layer whose norms only normalise: W_q, b_q, W_o, W_1, b_1, W_2, b_2."""
+    W_x, b_x = fold(gain_1, shift_1, W_1)
+    return *fold(gain_q, shift_q, W_q), W_o, W_x, b_1 + b_x, W_2, b_2
+
+
+def fold_layer_back(sums, layer):
+    """The errors at a layer's ten weights, from those at the seven of fold_layer."""
+    W_q, b_q, W_o, W_1, b_1, W_2, b_2 = sums
+    at_query, at_hidden = fold_back(W_q, b_q, *layer[:3]), fold_back(W_1, b_1, *layer[4:7])
+    return *at_query, W_o, *at_hidden, b_1, W_2, b_2
+
+
+def by_layer(weights):
+    """A flat list of weights -> ten for each layer."""
+    return [weights[i : i + 10] for i in range(0, len(weights), 10)]
+
+
+def outside_autocast(work):
+    """Autocast stays out: the backward pass must get the numbers of the forward pass."""
+
+    def work_outside(first, *rest):
+        with torch.autocast(rest[0].device.type, enabled=False):
+            return work(first, *rest)
+
+    return work_outside
 
 
 class Kept(NamedTuple):
@@ -51,13 +89,22 @@ class Kept(NamedTuple):
         values = self.values.flatten(0, 1)[:, end - K : end]
         return keys + positions[:, positions.size(1) - K :], values
 
+    def results(self):
+        """Outputs and memory vectors (B, T, d_model), the keys and values of all S slots."""
+        outputs, vectors = self.states[:, -1], self.vectors
+        return outputs.transpose(0, 1), vectors.transpose(0, 1), self.keys, self.values
 
-def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
+
+@outside_autocast
+def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
     """The steps forwards, from the keys and values of M old memory vectors.
 
-    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head) -> Kept.
+    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head), alpha (L + 1),
+    positions (d_head, mem_len); gain, shift and W_kv, from vectors to keys and values; ten
+    weights for each layer -> Kept.
     """
     (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
+    layers = by_layer([w.T if w.dim() == 2 else w for w in weights])
     kept = Kept(
         x.new_empty(T, len(layers) + 1, B, d_model),
         *x.new_empty(3, T, len(layers), B, d_model).unbind(),
@@ -67,21 +114,21 @@ def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
         [],
     )
     kept.states[:, 0] = x.transpose(0, 1)
-    layers = [[w.T if w.dim() == 2 else w for w in layer] for layer in layers]
     for t, (states, middles, queries, heads, vector) in enumerate(zip(*kept[:5])):
         keys, values = kept.seen(t, positions)
         x_t, *outputs = states.unbind()
         rows = zip(layers, middles.unbind(), queries.unbind(), heads.unbind(), outputs)
-        for (W_q, b_q, W_o, W_1, b_1, W_2, b_2), middle, q, head, output in rows:
-            torch.addmm(b_q, normalise(x_t)[0], W_q, out=q)  # (B, d_model)
+        for layer, middle, q, head, output in rows:
+            gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
+            torch.mm(normalise(x_t, gain_q, shift_q)[0], W_q, out=q)  # (B, d_model)
             scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
             kept.attention.append(scores.softmax(dim=-1))
             torch.bmm(kept.attention[-1], values, out=head.view(B * H, 1, d_head))
             torch.addmm(x_t, head, W_o, out=middle)
-            hidden = torch.addmm(b_1, normalise(middle)[0], W_1).relu_()  # (B, d_ff)
+            hidden = torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1).relu_()
             x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
         torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
-        new = torch.addmm(b_kv, normalise(vector)[0], W_kv.T).view(B, 2, H, d_head)
+        new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
         kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
     return kept
 
@@ -90,14 +137,14 @@ def step_back(g, g_vector, alpha, layers, rows, keys, values):
     """The errors of one step, from its last layer down to its embedding.
 
     g (B, d_model) at the last output; g_vector at the memory vector, of which the share
-    alpha[l] is the input of layer l. Returns g at the embedding, and lists over the layers:
+    alpha[l] is the input of layer l; layers as fold_layer returns them. Returns g at the embedding, and lists over the layers:
     errors at (output, middle, query, hidden), at scores (N, 1, K), at heads (N, 1, d_head).
     """
     errors, g_scores, g_heads = [], [], []
     for layer, share, row in zip(reversed(layers), reversed(alpha), reversed(rows)):
         W_q, _, W_o, W_1, _, W_2, _ = layer
-        weights, slope, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
-        g_hidden = (g @ W_2).mul_(slope)  # (B, d_ff)
+        weights, hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
+        g_hidden = torch.ops.aten.threshold_backward(g @ W_2, hidden, 0)  # (B, d_ff)
         g_middle = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd).add_(g)
         g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
@@ -119,7 +166,7 @@ class Sums(NamedTuple):
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
     slots: torch.Tensor  # (2 * N, S, d_head): keys and values, by slot
     positions: torch.Tensor  # (d_head, mem_len)
-    layers: list  # the seven weights of each layer
+    layers: list  # at the seven weights of each layer, as fold_layer returns them
 
 
 class Block(NamedTuple):
@@ -135,7 +182,7 @@ class Block(NamedTuple):
     x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
     middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
     middle_stats: list
-    hidden: list  # L tensors (C * B, d_ff): inside the feed-forwards, computed again
+    hidden: list  # L tensors (C, B, d_ff): inside the feed-forwards, computed again
     left: torch.Tensor  # (2, N, C * L, mem_len + C)
     right: torch.Tensor  # (2, N, C * L, d_head)
     errors: list  # for each step and layer those at output, middle, query, hidden
@@ -148,7 +195,7 @@ def prepare(steps, layers, kept, mem_len):
     x_hat, *x_stats = normalise(kept.states[steps, :L])
     middle_hat, *middle_stats = normalise(middles)
     hidden = [
-        torch.addmm(b_1, middle_hat[:, l].flatten(0, 1), W_1.T).relu_()
+        F.linear(middle_hat[:, l], W_1, b_1).relu_()
         for l, (_, _, _, W_1, b_1, _, _) in enumerate(layers)
     ]
     left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
@@ -162,9 +209,9 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
     (B, H, _, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
     C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
     block = prepare(steps, layers, kept, mem_len)
-    slopes = torch.stack(block.hidden).sign().unflatten(1, (C, B)).transpose(0, 1)
     at_middle = kept.middles[steps], *block.middle_stats
-    inputs = slopes, *at_middle, kept.states[steps], *block.x_stats
+    inputs = *at_middle, kept.states[steps], *block.x_stats
+    hidden = list(zip(*(at_layer.unbind() for at_layer in block.hidden)))  # by step, by layer
     vector_stats = normalise(kept.vectors[steps])[1:]
     *shares, share_of_output = alpha.tolist()
     near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
@@ -175,7 +222,7 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
         sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
         g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
         weights = kept.attention[t * L : (t + 1) * L]
-        rows = list(zip(weights, *(tensor[r].unbind() for tensor in inputs)))
+        rows = list(zip(weights, hidden[r], *(tensor[r].unbind() for tensor in inputs)))
         keys, values = kept.seen(t, positions)
         sums.x[t], errors, g_scores, g_heads = step_back(
             g, sums.vectors[t], shares, layers, rows, keys, values
@@ -208,7 +255,7 @@ def add_products(first, block, heads, sums):
         W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
         W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
         W_1.addmm_(hidden.T, block.middle_hat[:, l].flatten(0, 1))
-        W_2.addmm_(output.T, block.hidden[l])
+        W_2.addmm_(output.T, block.hidden[l].flatten(0, 1))
         for bias, errors in [(b_q, query), (b_1, hidden), (b_2, output)]:
             bias += errors.sum(dim=0)
 
@@ -216,29 +263,26 @@ def add_products(first, block, heads, sums):
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
-    x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
-    alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
-    and memory vectors (B, T, d_model), keys and values with T more slots; only the outputs
-    can be differentiated.
+    Takes what run takes -> outputs and memory vectors (B, T, d_model), keys and values with
+    T more slots. Only the outputs can be differentiated.
     """
 
     @staticmethod
-    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)
-    def forward(ctx, x, keys, values, alpha, positions, W_kv, b_kv, *weights):
-        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
-        kept = run(x, keys, values, alpha, positions, W_kv, b_kv, layers)
-        ctx.save_for_backward(alpha, positions, W_kv, *weights, *kept[:7], *kept.attention)
-        ctx.n_weights = len(weights)
-        read = kept.vectors.transpose(0, 1), kept.keys, kept.values
+    def forward(ctx, *arguments):
+        kept = run(*arguments)
+        ctx.save_for_backward(*arguments[3:], *kept[:7], *kept.attention)
+        ctx.n_weights = len(arguments) - 3
+        outputs, *read = kept.results()
         ctx.mark_non_differentiable(*read)
-        return kept.states[:, -1].transpose(0, 1), *read
+        return outputs, *read
 
     @staticmethod
-    @custom_bwd(device_type="cuda")
+    @outside_autocast
     def backward(ctx, g, *_):
-        alpha, positions, W_kv, *saved = ctx.saved_tensors
-        weights, saved = saved[: ctx.n_weights], saved[ctx.n_weights :]
-        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
+        weights, saved = ctx.saved_tensors[: ctx.n_weights], ctx.saved_tensors[ctx.n_weights :]
+        (alpha, positions, *projection), layers = weights[:5], by_layer(weights[5:])
+        W_kv, _ = fold(*projection)
+        folded = [fold_layer(*layer) for layer in layers]
         kept = Kept(*saved[:7], saved[7:])
         T, (B, H, d_head, S) = len(kept.states), kept.keys.shape
         sums = Sums(
@@ -247,14 +291,16 @@ class Segment(Function):
             g.new_empty(T, B, len(W_kv)),
             g.new_zeros(2 * B * H, S, d_head),
             torch.zeros_like(positions),
-            [[torch.zeros_like(w) for w in layer] for layer in layers],
+            [[torch.zeros_like(w) for w in layer] for layer in folded],
         )
         g = g.transpose(0, 1)  # (T, B, d_model)
         for start in reversed(range(0, T, BLOCK)):
             steps = slice(start, min(start + BLOCK, T))
-            block_back(steps, g, alpha, positions, W_kv, layers, kept, sums)
+            block_back(steps, g, alpha, positions, W_kv, folded, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
         g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
-        g_x, g_b_kv, g_weights = sums.x.transpose(0, 1), sums.new.sum((0, 1)), sum(sums.layers, [])
-        return g_x, g_keys.mT, g_values, g_alpha, sums.positions, g_W_kv, g_b_kv, *g_weights
+        g_projection = fold_back(g_W_kv, sums.new.sum((0, 1)), *projection)
+        g_layers = [g for pair in zip(sums.layers, layers) for g in fold_layer_back(*pair)]
+        g_run = sums.x.transpose(0, 1), g_keys.mT, g_values, g_alpha, sums.positions
+        return *g_run, *g_projection, *g_layers

@@ -12,7 +12,7 @@ K vectors that a step sees, at most mem_len, L layers, H heads, d_model = H * d_
 import torch
 from torch import nn
 
-from memtx_minimal.feedback_segment import Segment
+from memtx_minimal.feedback_segment import Segment, run
 
 
 class Layer(nn.Module):
@@ -139,41 +139,35 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        vectors, keys, values = recall(self, memory, x)
+        x = self.embedding(tokens)  # (B, T, d_model)
         dropout = self.training and self.dropout.p > 0
-        by_hand = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
-        run_steps = segment if by_hand else loop
+        x = self.dropout(x) if dropout else x
+        vectors, keys, values = recall(self, memory, x)
+        run_steps = segment if self.by_hand and self.shared_kv and not dropout else loop
         outputs, new, keys, values = run_steps(self, x, keys, values)
         first = max(0, keys.size(-1) - self.mem_len)
         if torch.is_grad_enabled():
             memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
         else:
-            memory = keys[..., first:].clone(), values[..., first:, :].clone()
+            memory = keys[..., first:].contiguous(), values[..., first:, :].contiguous()
         return self.head(self.norm(outputs)), memory
-
-
-def fold(norm, linear, scale=1.0):
-    """A norm's gain and shift as part of the weights behind it: weights and bias."""
-    bias = linear.weight @ norm.bias
-    bias = bias if linear.bias is None else bias + linear.bias
-    return scale * linear.weight * norm.weight, scale * bias
 
 
 def segment(model, x, keys, values):
     """What loop does, as one operation whose backward pass is written by hand."""
     memory, weights = model.memory, []
     for layer in model.layers:
-        inner, _, outer = layer.feed_forward
-        scale = len(memory.positions) ** -0.5
-        weights += fold(layer.norm_attention, layer.query, scale)
-        weights += [layer.out.weight, *fold(layer.norm_feed_forward, inner)]
-        weights += [outer.weight, outer.bias]
-    outputs, vectors, keys, values = Segment.apply(
+        norm, query = layer.norm_attention, layer.query
+        weights += [norm.weight, norm.bias, query.weight * len(memory.positions) ** -0.5]
+        weights += [layer.out.weight, *layer.norm_feed_forward.parameters()]
+        weights += layer.feed_forward.parameters()
+    arguments = [
         x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
         memory.positions[:, memory.positions.size(1) - model.mem_len :],
-        *fold(memory.norm, memory.key_value), *weights,
-    )  # fmt: skip
+        *memory.norm.parameters(), memory.key_value.weight, *weights,
+    ]  # fmt: skip
+    results = Segment.apply(*arguments) if torch.is_grad_enabled() else run(*arguments).results()
+    outputs, vectors, keys, values = results
     return outputs, vectors, keys[None], values[None]
 
 

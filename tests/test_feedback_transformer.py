@@ -247,8 +247,9 @@ def arguments(T=3, M=2, mem_len=4, L=2, d_model=4, H=2, d_ff=5):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).mul_(0.6).requires_grad_()
 
     d_head = d_model // H
-    layer = [(d_model, d_model), (d_model,), (d_model, d_model), (d_ff, d_model), (d_ff,), (d_model, d_ff), (d_model,)]
-    sizes = [(2, T, d_model), (2, H, d_head, M), (2, H, M, d_head), (L + 1,), (d_head, mem_len), (2 * d_model, d_model), (2 * d_model,)]
+    norm, square = 2 * [(d_model,)], (d_model, d_model)
+    layer = [*norm, square, square, *norm, (d_ff, d_model), (d_ff,), (d_model, d_ff), (d_model,)]
+    sizes = [(2, T, d_model), (2, H, d_head, M), (2, H, M, d_head), (L + 1,), (d_head, mem_len), *norm, (2 * d_model, d_model)]
     return [new(*size) for size in sizes + L * layer]
 
 
