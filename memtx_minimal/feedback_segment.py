@@ -7,8 +7,8 @@ few large matrix products.
 
 Letters as in feedback_transformer.py; also N = B * H, each head of each text, S = M + T,
 memory and segment, and C, the steps of a block. A layer is its ten weights: gain_q and
-shift_q of a norm, W_q (with the scale of the scores in it) and W_o of attention; gain_1
-and shift_1 of a norm, W_1, b_1, W_2 and b_2 of the feed-forward.
+shift_q of a norm, W_q and W_o of attention; gain_1 and shift_1 of a norm, W_1, b_1, W_2
+and b_2 of the feed-forward.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 BLOCK = 16  # steps in a block
+norm_back = torch.ops.aten.native_layer_norm_backward.default
+relu_back = torch.ops.aten.threshold_backward.default
 
 
 def normalise(x, gain=None, shift=None):
@@ -27,8 +29,8 @@ def normalise(x, gain=None, shift=None):
 
 def normalise_back(g, x, mean, rstd):
     """The error at x, from the error g at normalise(x)."""
-    back = torch.ops.aten.native_layer_norm_backward.default
-    return back(g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+    only_x = [True, False, False]
+    return norm_back(g, x, x.shape[-1:], mean, rstd, None, None, only_x)[0]
 
 
 def fold(gain, shift, W):
@@ -76,21 +78,27 @@ class Kept(NamedTuple):
     middles: torch.Tensor  # (T, L, B, d_model): between attention and feed-forward
     queries: torch.Tensor  # (T, L, B, d_model)
     heads: torch.Tensor  # (T, L, B, d_model): out of attention
+    hidden: torch.Tensor  # (T, L, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
     keys: torch.Tensor  # (B, H, d_head, S)
     values: torch.Tensor  # (B, H, S, d_head)
     attention: list  # T * L tensors (N, 1, K)
 
     def seen(self, t, positions):
-        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
+        """What step t attends to: keys (N, d_head, K), values (N, K, d_head).
+
+        The keys come with the scale of the scores in them; positions, (d_head, mem_len),
+        are given with theirs.
+        """
         end = self.keys.size(3) - len(self.states) + t  # M + t slots are there
         K = min(end, positions.size(1))
         keys = self.keys.flatten(0, 1)[..., end - K : end]
         values = self.values.flatten(0, 1)[:, end - K : end]
-        return keys + positions[:, positions.size(1) - K :], values
+        positions, scale = positions[:, positions.size(1) - K :], len(positions) ** -0.5
+        return torch.add(positions, keys, alpha=scale), values
 
     def results(self):
-        """Outputs and memory vectors (B, T, d_model), the keys and values of all S slots."""
+        """Outputs and memory vectors (B, T, d_model), keys and values of all S slots."""
         outputs, vectors = self.states[:, -1], self.vectors
         return outputs.transpose(0, 1), vectors.transpose(0, 1), self.keys, self.values
 
@@ -105,27 +113,29 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
     """
     (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
     layers = by_layer([w.T if w.dim() == 2 else w for w in weights])
+    L, d_ff = len(layers), len(weights[7])
     kept = Kept(
-        x.new_empty(T, len(layers) + 1, B, d_model),
-        *x.new_empty(3, T, len(layers), B, d_model).unbind(),
+        x.new_empty(T, L + 1, B, d_model),
+        *x.new_empty(3, T, L, B, d_model).unbind(),
+        x.new_empty(T, L, B, d_ff),
         x.new_empty(T, B, d_model),
         torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
         torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
         [],
     )
-    kept.states[:, 0] = x.transpose(0, 1)
-    for t, (states, middles, queries, heads, vector) in enumerate(zip(*kept[:5])):
+    kept.states[:, 0], positions = x.transpose(0, 1), d_head**-0.5 * positions
+    for t, (states, *inside, vector) in enumerate(zip(*kept[:6])):
         keys, values = kept.seen(t, positions)
         x_t, *outputs = states.unbind()
-        rows = zip(layers, middles.unbind(), queries.unbind(), heads.unbind(), outputs)
-        for layer, middle, q, head, output in rows:
+        rows = zip(layers, *(tensor.unbind() for tensor in inside), outputs)
+        for layer, middle, q, head, hidden, output in rows:
             gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
             torch.mm(normalise(x_t, gain_q, shift_q)[0], W_q, out=q)  # (B, d_model)
             scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
             kept.attention.append(scores.softmax(dim=-1))
             torch.bmm(kept.attention[-1], values, out=head.view(B * H, 1, d_head))
             torch.addmm(x_t, head, W_o, out=middle)
-            hidden = torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1).relu_()
+            torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1, out=hidden).relu_()
             x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
         torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
         new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
@@ -137,14 +147,15 @@ def step_back(g, g_vector, alpha, layers, rows, keys, values):
     """The errors of one step, from its last layer down to its embedding.
 
     g (B, d_model) at the last output; g_vector at the memory vector, of which the share
-    alpha[l] is the input of layer l; layers as fold_layer returns them. Returns g at the embedding, and lists over the layers:
-    errors at (output, middle, query, hidden), at scores (N, 1, K), at heads (N, 1, d_head).
+    alpha[l] is the input of layer l; layers as fold_layer returns them. Returns g at the
+    embedding, and lists over the layers: errors at (output, middle, query, hidden), at
+    scores (N, 1, K), at heads (N, 1, d_head).
     """
     errors, g_scores, g_heads = [], [], []
     for layer, share, row in zip(reversed(layers), reversed(alpha), reversed(rows)):
         W_q, _, W_o, W_1, _, W_2, _ = layer
         weights, hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
-        g_hidden = torch.ops.aten.threshold_backward(g @ W_2, hidden, 0)  # (B, d_ff)
+        g_hidden = relu_back(g @ W_2, hidden, 0)  # (B, d_ff)
         g_middle = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd).add_(g)
         g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
@@ -182,7 +193,6 @@ class Block(NamedTuple):
     x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
     middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
     middle_stats: list
-    hidden: list  # L tensors (C, B, d_ff): inside the feed-forwards, computed again
     left: torch.Tensor  # (2, N, C * L, mem_len + C)
     right: torch.Tensor  # (2, N, C * L, d_head)
     errors: list  # for each step and layer those at output, middle, query, hidden
@@ -194,14 +204,11 @@ def prepare(steps, layers, kept, mem_len):
     (C, L), N = middles.shape[:2], B * H
     x_hat, *x_stats = normalise(kept.states[steps, :L])
     middle_hat, *middle_stats = normalise(middles)
-    hidden = [
-        F.linear(middle_hat[:, l], W_1, b_1).relu_()
-        for l, (_, _, _, W_1, b_1, _, _) in enumerate(layers)
-    ]
     left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
     right = kept.keys.new_empty(2, N, C * L, d_head)
-    right[0] = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
-    return Block(x_hat, x_stats, middle_hat, middle_stats, hidden, left, right, [])
+    queries = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
+    torch.mul(queries, d_head**-0.5, out=right[0])
+    return Block(x_hat, x_stats, middle_hat, middle_stats, left, right, [])
 
 
 def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
@@ -210,8 +217,8 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
     C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
     block = prepare(steps, layers, kept, mem_len)
     at_middle = kept.middles[steps], *block.middle_stats
-    inputs = *at_middle, kept.states[steps], *block.x_stats
-    hidden = list(zip(*(at_layer.unbind() for at_layer in block.hidden)))  # by step, by layer
+    inputs = kept.hidden[steps], *at_middle, kept.states[steps, :L], *block.x_stats
+    inputs = [list(zip(*(layer.unbind() for layer in tensor.unbind(1)))) for tensor in inputs]
     vector_stats = normalise(kept.vectors[steps])[1:]
     *shares, share_of_output = alpha.tolist()
     near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
@@ -222,7 +229,7 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
         sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
         g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
         weights = kept.attention[t * L : (t + 1) * L]
-        rows = list(zip(weights, hidden[r], *(tensor[r].unbind() for tensor in inputs)))
+        rows = list(zip(weights, *(by_step[r] for by_step in inputs)))
         keys, values = kept.seen(t, positions)
         sums.x[t], errors, g_scores, g_heads = step_back(
             g, sums.vectors[t], shares, layers, rows, keys, values
@@ -234,10 +241,10 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
         torch.cat(g_heads, dim=1, out=block.right[1, :, row])
         left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
         near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
-    add_products(first, block, kept.heads[steps], sums)
+    add_products(first, block, kept.heads[steps], kept.hidden[steps], sums)
 
 
-def add_products(first, block, heads, sums):
+def add_products(first, block, heads, hidden, sums):
     """The sums over a block's steps: for old keys and values, positions, and weights."""
     left, right, (C, L) = block.left, block.right, heads.shape[:2]
     mem_len, N = sums.positions.size(1), left.size(1)
@@ -251,12 +258,12 @@ def add_products(first, block, heads, sums):
     sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
     for l, (W_q, b_q, W_o, W_1, b_1, W_2, b_2) in enumerate(sums.layers):
         at_layer = (step[l] for step in block.errors)
-        output, middle, query, hidden = (torch.cat(errors) for errors in zip(*at_layer))
+        output, middle, query, g_hidden = (torch.cat(errors) for errors in zip(*at_layer))
         W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
         W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
-        W_1.addmm_(hidden.T, block.middle_hat[:, l].flatten(0, 1))
-        W_2.addmm_(output.T, block.hidden[l].flatten(0, 1))
-        for bias, errors in [(b_q, query), (b_1, hidden), (b_2, output)]:
+        W_1.addmm_(g_hidden.T, block.middle_hat[:, l].flatten(0, 1))
+        W_2.addmm_(output.T, hidden[:, l].flatten(0, 1))
+        for bias, errors in [(b_q, query), (b_1, g_hidden), (b_2, output)]:
             bias += errors.sum(dim=0)
 
 
@@ -269,9 +276,10 @@ class Segment(Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        kept = run(*arguments)
-        ctx.save_for_backward(*arguments[3:], *kept[:7], *kept.attention)
-        ctx.n_weights = len(arguments) - 3
+        in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in arguments[8:])
+        kept = run(*arguments[:8], *in_reading_order)  # T times: worth the copies
+        ctx.save_for_backward(*arguments[3:], *kept[:8], *kept.attention)
+        ctx.n_weights = len(arguments) - 8
         outputs, *read = kept.results()
         ctx.mark_non_differentiable(*read)
         return outputs, *read
@@ -279,11 +287,12 @@ class Segment(Function):
     @staticmethod
     @outside_autocast
     def backward(ctx, g, *_):
-        weights, saved = ctx.saved_tensors[: ctx.n_weights], ctx.saved_tensors[ctx.n_weights :]
-        (alpha, positions, *projection), layers = weights[:5], by_layer(weights[5:])
+        (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
+        kept = Kept(*saved[:8], saved[8:])
+        scaled = positions.size(0) ** -0.5 * positions
         W_kv, _ = fold(*projection)
         folded = [fold_layer(*layer) for layer in layers]
-        kept = Kept(*saved[:7], saved[7:])
         T, (B, H, d_head, S) = len(kept.states), kept.keys.shape
         sums = Sums(
             torch.empty_like(kept.vectors),
@@ -296,7 +305,7 @@ class Segment(Function):
         g = g.transpose(0, 1)  # (T, B, d_model)
         for start in reversed(range(0, T, BLOCK)):
             steps = slice(start, min(start + BLOCK, T))
-            block_back(steps, g, alpha, positions, W_kv, folded, kept, sums)
+            block_back(steps, g, alpha, scaled, W_kv, folded, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
         g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)

@@ -157,16 +157,18 @@ def segment(model, x, keys, values):
     """What loop does, as one operation whose backward pass is written by hand."""
     memory, weights = model.memory, []
     for layer in model.layers:
-        norm, query = layer.norm_attention, layer.query
-        weights += [norm.weight, norm.bias, query.weight * len(memory.positions) ** -0.5]
-        weights += [layer.out.weight, *layer.norm_feed_forward.parameters()]
-        weights += layer.feed_forward.parameters()
+        norm, feed_forward_norm = layer.norm_attention, layer.norm_feed_forward
+        inner, _, outer = layer.feed_forward
+        weights += [norm.weight, norm.bias, layer.query.weight, layer.out.weight]
+        weights += [feed_forward_norm.weight, feed_forward_norm.bias]
+        weights += [inner.weight, inner.bias, outer.weight, outer.bias]
     arguments = [
         x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
         memory.positions[:, memory.positions.size(1) - model.mem_len :],
-        *memory.norm.parameters(), memory.key_value.weight, *weights,
+        memory.norm.weight, memory.norm.bias, memory.key_value.weight, *weights,
     ]  # fmt: skip
-    results = Segment.apply(*arguments) if torch.is_grad_enabled() else run(*arguments).results()
+    trains = torch.is_grad_enabled()
+    results = Segment.apply(*arguments) if trains else run(*arguments).results()
     outputs, vectors, keys, values = results
     return outputs, vectors, keys[None], values[None]
 
