@@ -82,7 +82,7 @@ class Kept(NamedTuple):
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
     keys: torch.Tensor  # (B, H, d_head, S)
     values: torch.Tensor  # (B, H, S, d_head)
-    attention: list  # T * L tensors (N, 1, K)
+    attention: list  # T tensors (L, N, 1, K): the weights
 
     def seen(self, t, positions):
         """What step t attends to: keys (N, d_head, K), values (N, K, d_head).
@@ -121,25 +121,27 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
         x.new_empty(T, B, d_model),
         torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
         torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
-        [],
+        [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
     kept.states[:, 0], positions = x.transpose(0, 1), d_head**-0.5 * positions
-    for t, (states, *inside, vector) in enumerate(zip(*kept[:6])):
-        keys, values = kept.seen(t, positions)
-        x_t, *outputs = states.unbind()
-        rows = zip(layers, *(tensor.unbind() for tensor in inside), outputs)
-        for layer, middle, q, head, hidden, output in rows:
-            gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
-            torch.mm(normalise(x_t, gain_q, shift_q)[0], W_q, out=q)  # (B, d_model)
-            scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
-            kept.attention.append(scores.softmax(dim=-1))
-            torch.bmm(kept.attention[-1], values, out=head.view(B * H, 1, d_head))
-            torch.addmm(x_t, head, W_o, out=middle)
-            torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1, out=hidden).relu_()
-            x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
-        torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
-        new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
-        kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
+    with torch.inference_mode():  # nothing in the loop is for autograd to see
+        steps = zip(*kept[:6], kept.attention)
+        for t, (states, *inside, vector, attention) in enumerate(steps):
+            keys, values = kept.seen(t, positions)
+            x_t, *outputs = states.unbind()
+            rows = zip(layers, *(tensor.unbind() for tensor in [*inside, attention]), outputs)
+            for layer, middle, q, head, hidden, weights, output in rows:
+                gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
+                torch.mm(normalise(x_t, gain_q, shift_q)[0], W_q, out=q)  # (B, d_model)
+                scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
+                torch.softmax(scores, dim=-1, out=weights)
+                torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
+                torch.addmm(x_t, head, W_o, out=middle)
+                torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1, out=hidden).relu_()
+                x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
+            torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
+            new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
+            kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
     return kept
 
 
@@ -228,8 +230,7 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
         stats = (stat[r] for stat in vector_stats)
         sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
         g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
-        weights = kept.attention[t * L : (t + 1) * L]
-        rows = list(zip(weights, *(by_step[r] for by_step in inputs)))
+        rows = list(zip(kept.attention[t].unbind(), *(by_step[r] for by_step in inputs)))
         keys, values = kept.seen(t, positions)
         sums.x[t], errors, g_scores, g_heads = step_back(
             g, sums.vectors[t], shares, layers, rows, keys, values
@@ -237,7 +238,7 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
         block.errors.insert(0, errors)
         columns = slice(mem_len + r - values.size(1), mem_len + r)
         torch.cat(g_scores, dim=1, out=block.left[0, :, row, columns])
-        torch.cat(weights, dim=1, out=block.left[1, :, row, columns])
+        block.left[1, :, row, columns] = kept.attention[t].squeeze(2).transpose(0, 1)
         torch.cat(g_heads, dim=1, out=block.right[1, :, row])
         left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
         near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
@@ -303,9 +304,10 @@ class Segment(Function):
             [[torch.zeros_like(w) for w in layer] for layer in folded],
         )
         g = g.transpose(0, 1)  # (T, B, d_model)
-        for start in reversed(range(0, T, BLOCK)):
-            steps = slice(start, min(start + BLOCK, T))
-            block_back(steps, g, alpha, scaled, W_kv, folded, kept, sums)
+        with torch.inference_mode():
+            for start in reversed(range(0, T, BLOCK)):
+                steps = slice(start, min(start + BLOCK, T))
+                block_back(steps, g, alpha, scaled, W_kv, folded, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
         g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
