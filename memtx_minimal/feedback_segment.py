@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
-relu_back = torch.ops.aten.threshold_backward.default
+relu_back = torch.ops.aten.threshold_backward.grad_input
 
 
 def normalise(x, gain=None, shift=None):
@@ -74,11 +74,11 @@ def outside_autocast(work):
 class Kept(NamedTuple):
     """What the steps forwards leave for the steps backwards."""
 
-    states: torch.Tensor  # (T, L + 1, B, d_model): the embedding, the output of each layer
-    middles: torch.Tensor  # (T, L, B, d_model): between attention and feed-forward
-    queries: torch.Tensor  # (T, L, B, d_model)
-    heads: torch.Tensor  # (T, L, B, d_model): out of attention
-    hidden: torch.Tensor  # (T, L, B, d_ff): inside the feed-forward
+    states: torch.Tensor  # (L + 1, T, B, d_model): the embedding, the output of each layer
+    middles: torch.Tensor  # (L, T, B, d_model): between attention and feed-forward
+    queries: torch.Tensor  # (L, T, B, d_model)
+    heads: torch.Tensor  # (L, T, B, d_model): out of attention
+    hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
     keys: torch.Tensor  # (B, H, d_head, S)
     values: torch.Tensor  # (B, H, S, d_head)
@@ -90,7 +90,7 @@ class Kept(NamedTuple):
         The keys come with the scale of the scores in them; positions, (d_head, mem_len),
         are given with theirs.
         """
-        end = self.keys.size(3) - len(self.states) + t  # M + t slots are there
+        end = self.keys.size(3) - len(self.vectors) + t  # M + t slots are there
         K = min(end, positions.size(1))
         keys = self.keys.flatten(0, 1)[..., end - K : end]
         values = self.values.flatten(0, 1)[:, end - K : end]
@@ -99,7 +99,7 @@ class Kept(NamedTuple):
 
     def results(self):
         """Outputs and memory vectors (B, T, d_model), keys and values of all S slots."""
-        outputs, vectors = self.states[:, -1], self.vectors
+        outputs, vectors = self.states[-1], self.vectors
         return outputs.transpose(0, 1), vectors.transpose(0, 1), self.keys, self.values
 
 
@@ -115,17 +115,17 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
     layers = by_layer([w.T if w.dim() == 2 else w for w in weights])
     L, d_ff = len(layers), len(weights[7])
     kept = Kept(
-        x.new_empty(T, L + 1, B, d_model),
-        *x.new_empty(3, T, L, B, d_model).unbind(),
-        x.new_empty(T, L, B, d_ff),
+        x.new_empty(L + 1, T, B, d_model),
+        *x.new_empty(3, L, T, B, d_model).unbind(),
+        x.new_empty(L, T, B, d_ff),
         x.new_empty(T, B, d_model),
         torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
         torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
         [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
-    kept.states[:, 0], positions = x.transpose(0, 1), d_head**-0.5 * positions
+    kept.states[0], positions = x.transpose(0, 1), d_head**-0.5 * positions
     with torch.inference_mode():  # nothing in the loop is for autograd to see
-        steps = zip(*kept[:6], kept.attention)
+        steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
         for t, (states, *inside, vector, attention) in enumerate(steps):
             keys, values = kept.seen(t, positions)
             x_t, *outputs = states.unbind()
@@ -145,127 +145,119 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
     return kept
 
 
-def step_back(g, g_vector, alpha, layers, rows, keys, values):
-    """The errors of one step, from its last layer down to its embedding.
+def by_step(tensor):
+    """(L, T, ...) -> for each step a tuple of its L parts."""
+    return zip(*(layer.unbind() for layer in tensor.unbind()))
 
-    g (B, d_model) at the last output; g_vector at the memory vector, of which the share
-    alpha[l] is the input of layer l; layers as fold_layer returns them. Returns g at the
-    embedding, and lists over the layers: errors at (output, middle, query, hidden), at
-    scores (N, 1, K), at heads (N, 1, d_head).
-    """
-    errors, g_scores, g_heads = [], [], []
-    for layer, share, row in zip(reversed(layers), reversed(alpha), reversed(rows)):
-        W_q, _, W_o, W_1, _, W_2, _ = layer
-        weights, hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
-        g_hidden = relu_back(g @ W_2, hidden, 0)  # (B, d_ff)
-        g_middle = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd).add_(g)
-        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
-        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
-        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
-        g_q = torch.bmm(g_score, keys.mT).view(g.shape)  # (B, d_model)
-        errors.append((g, g_middle, g_q, g_hidden))
-        g_scores.append(g_score)
-        g_heads.append(g_head)
-        g = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
-        g.add_(g_middle).add_(g_vector, alpha=share)
-    return g, errors[::-1], g_scores[::-1], g_heads[::-1]
+
+class Errors(NamedTuple):
+    """The errors of C steps at what Kept has under the same names."""
+
+    states: torch.Tensor  # (L + 1, C, B, d_model)
+    middles: torch.Tensor  # (L, C, B, d_model)
+    queries: torch.Tensor  # (L, C, B, d_model)
+    hidden: torch.Tensor  # (L, C, B, d_ff)
 
 
 class Sums(NamedTuple):
-    """The errors that block after block adds to, or fills in."""
+    """The errors that block after block fills in, or adds to."""
 
     x: torch.Tensor  # (T, B, d_model)
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
-    slots: torch.Tensor  # (2 * N, S, d_head): keys and values, by slot
+    slots: torch.Tensor  # (2 * N, S, d_head): the same by slot, old ones too
     positions: torch.Tensor  # (d_head, mem_len)
-    layers: list  # at the seven weights of each layer, as fold_layer returns them
+    layers: list  # at the seven weights of fold_layer, those of all layers stacked
 
 
-class Block(NamedTuple):
-    """What C steps need backwards, and the signals that they leave.
+def step_back(g_vector, alpha, layers, attention, rows, keys, values):
+    """The errors of one step, from its last layer down to its embedding.
+
+    g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
+    layer l; layers as fold_layer returns them; rows with what each layer had, and with
+    where its errors go. Returns lists over the layers: errors at scores (N, 1, K), at heads
+    (N, 1, d_head).
+    """
+    g_scores, g_heads = [], []
+    for layer, share, weights, row in reversed(list(zip(layers, alpha, attention.unbind(), rows))):
+        W_q, _, W_o, W_1, _, W_2, _ = layer
+        hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *errors = row
+        g, g_hidden, g_middle, g_q, g_x = errors
+        relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
+        g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd)
+        torch.add(g_normed, g, out=g_middle)
+        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
+        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
+        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
+        torch.bmm(g_score, keys.mT, out=g_q.view(g_head.shape))
+        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
+        torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
+        g_scores.append(g_score)
+        g_heads.append(g_head)
+    return g_scores[::-1], g_heads[::-1]
+
+
+def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
+    """A slice of steps backwards, then the products of what they had and their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
     and layer, a column for each slot, from mem_len slots before the block on. right holds
     the queries, and the errors at the heads. So the errors at keys and values are
     left.mT @ right.
     """
-
-    x_hat: torch.Tensor  # (C, L, B, d_model): inputs of the layers, normalised
-    x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
-    middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
-    middle_stats: list
-    left: torch.Tensor  # (2, N, C * L, mem_len + C)
-    right: torch.Tensor  # (2, N, C * L, d_head)
-    errors: list  # for each step and layer those at output, middle, query, hidden
-
-
-def prepare(steps, layers, kept, mem_len):
-    """A Block for a slice of steps: normalised inputs, hidden states, and the queries."""
-    middles, (B, H, d_head, _) = kept.middles[steps], kept.keys.shape
-    (C, L), N = middles.shape[:2], B * H
-    x_hat, *x_stats = normalise(kept.states[steps, :L])
+    (B, H, d_head, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    C, first, N = steps.stop - steps.start, S - len(kept.vectors) + steps.start, B * H
+    states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
+    x_hat, *x_stats = normalise(states[:-1])
     middle_hat, *middle_stats = normalise(middles)
-    left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
-    right = kept.keys.new_empty(2, N, C * L, d_head)
-    queries = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
-    torch.mul(queries, d_head**-0.5, out=right[0])
-    return Block(x_hat, x_stats, middle_hat, middle_stats, left, right, [])
-
-
-def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
-    """A slice of steps backwards, then the products of their signals."""
-    (B, H, _, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
-    C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
-    block = prepare(steps, layers, kept, mem_len)
-    at_middle = kept.middles[steps], *block.middle_stats
-    inputs = kept.hidden[steps], *at_middle, kept.states[steps, :L], *block.x_stats
-    inputs = [list(zip(*(layer.unbind() for layer in tensor.unbind(1)))) for tensor in inputs]
     vector_stats = normalise(kept.vectors[steps])[1:]
+    errors = Errors(*(torch.empty_like(tensor) for tensor in (states, middles, queries, hidden)))
+    rows = zip(
+        *map(by_step, (hidden, middles, *middle_stats, states[:-1], *x_stats)),
+        *map(by_step, (errors.states[1:], errors.hidden, errors.middles, errors.queries, errors.states[:-1])),
+    )
+    rows = [list(zip(*row)) for row in rows]
+    left = positions.new_zeros(2, N, C * L, mem_len + C)
+    right = positions.new_empty(2, N, C * L, d_head)
+    queries = queries.reshape(L, C, N, d_head).permute(2, 1, 0, 3)
+    torch.mul(queries, d_head**-0.5, out=right[0].view(N, C, L, d_head))
     *shares, share_of_output = alpha.tolist()
     near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
     for r in reversed(range(C)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
         stats = (stat[r] for stat in vector_stats)
-        sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
-        g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
-        rows = list(zip(kept.attention[t].unbind(), *(by_step[r] for by_step in inputs)))
+        g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
+        torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=errors.states[L, r])
+        sums.vectors[t], attention = g_vector, kept.attention[t]
         keys, values = kept.seen(t, positions)
-        sums.x[t], errors, g_scores, g_heads = step_back(
-            g, sums.vectors[t], shares, layers, rows, keys, values
-        )
-        block.errors.insert(0, errors)
+        g_scores, g_heads = step_back(g_vector, shares, layers, attention, rows[r], keys, values)
         columns = slice(mem_len + r - values.size(1), mem_len + r)
-        torch.cat(g_scores, dim=1, out=block.left[0, :, row, columns])
-        block.left[1, :, row, columns] = kept.attention[t].squeeze(2).transpose(0, 1)
-        torch.cat(g_heads, dim=1, out=block.right[1, :, row])
-        left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
-        near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
-    add_products(first, block, kept.heads[steps], kept.hidden[steps], sums)
-
-
-def add_products(first, block, heads, hidden, sums):
-    """The sums over a block's steps: for old keys and values, positions, and weights."""
-    left, right, (C, L) = block.left, block.right, heads.shape[:2]
-    mem_len, N = sums.positions.size(1), left.size(1)
+        torch.cat(g_scores, dim=1, out=left[0, :, row, columns])
+        left[1, :, row, columns] = attention.squeeze(2).transpose(0, 1)
+        torch.cat(g_heads, dim=1, out=right[1, :, row])
+        near.baddbmm_(left[:, :, row, mem_len:].flatten(0, 1).mT, right[:, :, row].flatten(0, 1))
+    sums.x[steps] = errors.states[0]
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
     sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
-
     width = mem_len + C  # a step is L rows, and the ages of the next begin a column later
     strides = (C * L * width, L * width + 1, width, 1)
     by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
     sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
-    for l, (W_q, b_q, W_o, W_1, b_1, W_2, b_2) in enumerate(sums.layers):
-        at_layer = (step[l] for step in block.errors)
-        output, middle, query, g_hidden = (torch.cat(errors) for errors in zip(*at_layer))
-        W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
-        W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
-        W_1.addmm_(g_hidden.T, block.middle_hat[:, l].flatten(0, 1))
-        W_2.addmm_(output.T, hidden[:, l].flatten(0, 1))
-        for bias, errors in [(b_q, query), (b_1, g_hidden), (b_2, output)]:
-            bias += errors.sum(dim=0)
+    add_products(errors, x_hat, heads, middle_hat, hidden, sums.layers)
+
+
+def add_products(errors, x_hat, heads, middle_hat, hidden, sums):
+    """The sums over a block's steps: for the weights of all layers."""
+    W_q, b_q, W_o, W_1, b_1, W_2, b_2 = sums
+    outputs, middles, queries, inner = (tensor.flatten(1, 2) for tensor in (errors.states[1:], *errors[1:]))
+    W_q.baddbmm_(queries.mT, x_hat.flatten(1, 2))
+    W_o.baddbmm_(middles.mT, heads.flatten(1, 2))
+    W_1.baddbmm_(inner.mT, middle_hat.flatten(1, 2))
+    W_2.baddbmm_(outputs.mT, hidden.flatten(1, 2))
+    for bias, g in [(b_q, queries), (b_1, inner), (b_2, outputs)]:
+        bias += g.sum(dim=1)
 
 
 class Segment(Function):
@@ -294,14 +286,13 @@ class Segment(Function):
         scaled = positions.size(0) ** -0.5 * positions
         W_kv, _ = fold(*projection)
         folded = [fold_layer(*layer) for layer in layers]
-        T, (B, H, d_head, S) = len(kept.states), kept.keys.shape
+        T, (B, H, d_head, S) = len(kept.vectors), kept.keys.shape
         sums = Sums(
-            torch.empty_like(kept.vectors),
-            torch.empty_like(kept.vectors),
-            g.new_empty(T, B, len(W_kv)),
+            *(torch.empty_like(kept.vectors) for _ in range(2)),
+            g.new_empty(T, B, 2 * g.size(2)),
             g.new_zeros(2 * B * H, S, d_head),
             torch.zeros_like(positions),
-            [[torch.zeros_like(w) for w in layer] for layer in folded],
+            [w.new_zeros(len(layers), *w.shape) for w in folded[0]],
         )
         g = g.transpose(0, 1)  # (T, B, d_model)
         with torch.inference_mode():
@@ -309,9 +300,9 @@ class Segment(Function):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, scaled, W_kv, folded, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
-        g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
-        g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
-        g_projection = fold_back(g_W_kv, sums.new.sum((0, 1)), *projection)
-        g_layers = [g for pair in zip(sums.layers, layers) for g in fold_layer_back(*pair)]
+        g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
+        vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
+        g_projection = fold_back(new.T @ vectors_hat, new.sum(dim=0), *projection)
         g_run = sums.x.transpose(0, 1), g_keys.mT, g_values, g_alpha, sums.positions
+        g_layers = [g for pair in zip(zip(*sums.layers), layers) for g in fold_layer_back(*pair)]
         return *g_run, *g_projection, *g_layers
