@@ -76,7 +76,7 @@ class Kept(NamedTuple):
 
     states: torch.Tensor  # (L + 1, T, B, d_model): the embedding, the output of each layer
     middles: torch.Tensor  # (L, T, B, d_model): between attention and feed-forward
-    queries: torch.Tensor  # (L, T, B, d_model)
+    queries: torch.Tensor  # (L, T, B, d_model), scaled
     heads: torch.Tensor  # (L, T, B, d_model): out of attention
     hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
@@ -85,17 +85,12 @@ class Kept(NamedTuple):
     attention: list  # T tensors (L, N, 1, K): the weights
 
     def seen(self, t, positions):
-        """What step t attends to: keys (N, d_head, K), values (N, K, d_head).
-
-        The keys come with the scale of the scores in them; positions, (d_head, mem_len),
-        are given with theirs.
-        """
+        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
         end = self.keys.size(3) - len(self.vectors) + t  # M + t slots are there
         K = min(end, positions.size(1))
         keys = self.keys.flatten(0, 1)[..., end - K : end]
         values = self.values.flatten(0, 1)[:, end - K : end]
-        positions, scale = positions[:, positions.size(1) - K :], len(positions) ** -0.5
-        return torch.add(positions, keys, alpha=scale), values
+        return keys + positions[:, positions.size(1) - K :], values
 
     def results(self):
         """Outputs and memory vectors (B, T, d_model), keys and values of all S slots."""
@@ -123,7 +118,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
         torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
         [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
-    kept.states[0], positions = x.transpose(0, 1), d_head**-0.5 * positions
+    kept.states[0], scale = x.transpose(0, 1), d_head**-0.5
     with torch.inference_mode():  # nothing in the loop is for autograd to see
         steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
         for t, (states, *inside, vector, attention) in enumerate(steps):
@@ -132,7 +127,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
             rows = zip(layers, *(tensor.unbind() for tensor in [*inside, attention]), outputs)
             for layer, middle, q, head, hidden, weights, output in rows:
                 gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
-                torch.mm(normalise(x_t, gain_q, shift_q)[0], W_q, out=q)  # (B, d_model)
+                q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
                 scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
@@ -145,18 +140,40 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
     return kept
 
 
-def by_step(tensor):
-    """(L, T, ...) -> for each step a tuple of its L parts."""
-    return zip(*(layer.unbind() for layer in tensor.unbind()))
-
-
 class Errors(NamedTuple):
-    """The errors of C steps at what Kept has under the same names."""
+    """The errors of C steps, at what Kept has under the same names."""
 
     states: torch.Tensor  # (L + 1, C, B, d_model)
     middles: torch.Tensor  # (L, C, B, d_model)
     queries: torch.Tensor  # (L, C, B, d_model)
     hidden: torch.Tensor  # (L, C, B, d_ff)
+
+
+def step_back(g_vector, alpha, layers, attention, rows, keys, values):
+    """The errors of one step, from its last layer down to its embedding.
+
+    g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
+    layer l; layers as fold_layer returns them; rows with what each layer had inside, and
+    with the places of its errors, the one at its output filled in. Returns lists over the
+    layers: errors at scores (N, 1, K), at heads (N, 1, d_head).
+    """
+    g_scores, g_heads, scale = [], [], keys.size(1) ** -0.5
+    for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
+        W_q, _, W_o, W_1, _, W_2, _ = layer
+        hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
+        g, g_hidden, g_middle, g_q, g_x = places
+        relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
+        g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd)
+        torch.add(g_normed, g, out=g_middle)
+        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
+        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
+        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
+        g_q.view(g_head.shape).baddbmm_(g_score, keys.mT, beta=0, alpha=scale)
+        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
+        torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
+        g_scores.append(g_score)
+        g_heads.append(g_head)
+    return g_scores[::-1], g_heads[::-1]
 
 
 class Sums(NamedTuple):
@@ -170,35 +187,8 @@ class Sums(NamedTuple):
     layers: list  # at the seven weights of fold_layer, those of all layers stacked
 
 
-def step_back(g_vector, alpha, layers, attention, rows, keys, values):
-    """The errors of one step, from its last layer down to its embedding.
-
-    g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
-    layer l; layers as fold_layer returns them; rows with what each layer had, and with
-    where its errors go. Returns lists over the layers: errors at scores (N, 1, K), at heads
-    (N, 1, d_head).
-    """
-    g_scores, g_heads = [], []
-    for layer, share, weights, row in reversed(list(zip(layers, alpha, attention.unbind(), rows))):
-        W_q, _, W_o, W_1, _, W_2, _ = layer
-        hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *errors = row
-        g, g_hidden, g_middle, g_q, g_x = errors
-        relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
-        g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd)
-        torch.add(g_normed, g, out=g_middle)
-        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
-        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
-        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
-        torch.bmm(g_score, keys.mT, out=g_q.view(g_head.shape))
-        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
-        torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
-        g_scores.append(g_score)
-        g_heads.append(g_head)
-    return g_scores[::-1], g_heads[::-1]
-
-
 def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
-    """A slice of steps backwards, then the products of what they had and their errors.
+    """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
     and layer, a column for each slot, from mem_len slots before the block on. right holds
@@ -208,56 +198,66 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
     (B, H, d_head, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
     C, first, N = steps.stop - steps.start, S - len(kept.vectors) + steps.start, B * H
     states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
-    x_hat, *x_stats = normalise(states[:-1])
-    middle_hat, *middle_stats = normalise(middles)
-    vector_stats = normalise(kept.vectors[steps])[1:]
-    errors = Errors(*(torch.empty_like(tensor) for tensor in (states, middles, queries, hidden)))
-    rows = zip(
-        *map(by_step, (hidden, middles, *middle_stats, states[:-1], *x_stats)),
-        *map(by_step, (errors.states[1:], errors.hidden, errors.middles, errors.queries, errors.states[:-1])),
-    )
-    rows = [list(zip(*row)) for row in rows]
+    (x_hat, *x_stats), (middle_hat, *middle_stats) = normalise(states[:-1]), normalise(middles)
+    errors = Errors(*map(torch.empty_like, (states, middles, queries, hidden)))
+    inside = hidden, middles, *middle_stats, states[:-1], *x_stats
+    places = errors.states[1:], errors.hidden, errors.middles, errors.queries, errors.states[:-1]
+    rows = list(zip(*map(by_step, inside + places)))
+
     left = positions.new_zeros(2, N, C * L, mem_len + C)
     right = positions.new_empty(2, N, C * L, d_head)
-    queries = queries.reshape(L, C, N, d_head).permute(2, 1, 0, 3)
-    torch.mul(queries, d_head**-0.5, out=right[0].view(N, C, L, d_head))
-    *shares, share_of_output = alpha.tolist()
+    right[0] = queries.reshape(L, C, N, d_head).permute(2, 1, 0, 3).flatten(1, 2)
     near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
+    vector_stats = normalise(kept.vectors[steps])[1:]
+    *shares, share_of_output = alpha.tolist()
     for r in reversed(range(C)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
         stats = (stat[r] for stat in vector_stats)
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=errors.states[L, r])
-        sums.vectors[t], attention = g_vector, kept.attention[t]
-        keys, values = kept.seen(t, positions)
-        g_scores, g_heads = step_back(g_vector, shares, layers, attention, rows[r], keys, values)
-        columns = slice(mem_len + r - values.size(1), mem_len + r)
-        torch.cat(g_scores, dim=1, out=left[0, :, row, columns])
+        sums.vectors[t], attention, seen = g_vector, kept.attention[t], kept.seen(t, positions)
+        back = step_back(g_vector, shares, layers, attention.unbind(), list(zip(*rows[r])), *seen)
+        g_scores, g_heads = (torch.cat(layers, dim=1) for layers in back)
+        columns = slice(mem_len + r - attention.size(3), mem_len + r)
+        left[0, :, row, columns] = g_scores
         left[1, :, row, columns] = attention.squeeze(2).transpose(0, 1)
-        torch.cat(g_heads, dim=1, out=right[1, :, row])
+        right[1, :, row] = g_heads
         near.baddbmm_(left[:, :, row, mem_len:].flatten(0, 1).mT, right[:, :, row].flatten(0, 1))
     sums.x[steps] = errors.states[0]
+    add_slots(first, left, right, C, sums)
+    add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
+
+
+def by_step(tensor):
+    """(L, C, ...) -> for each step its L parts."""
+    return zip(*(layer.unbind() for layer in tensor.unbind()))
+
+
+def add_slots(first, left, right, C, sums):
+    """A block's share in the errors at keys and values before it, and at positions."""
+    (N, rows, width), mem_len = left.shape[1:], sums.positions.size(1)
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
     sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
-    width = mem_len + C  # a step is L rows, and the ages of the next begin a column later
-    strides = (C * L * width, L * width + 1, width, 1)
+    L = rows // C  # a step is L rows, and the ages of the next begin a column later
+    strides = rows * width, L * width + 1, width, 1
     by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
     sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
-    add_products(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
 
-def add_products(errors, x_hat, heads, middle_hat, hidden, sums):
-    """The sums over a block's steps: for the weights of all layers."""
+def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
+    """A block's share in the errors at the weights of fold_layer."""
     W_q, b_q, W_o, W_1, b_1, W_2, b_2 = sums
-    outputs, middles, queries, inner = (tensor.flatten(1, 2) for tensor in (errors.states[1:], *errors[1:]))
-    W_q.baddbmm_(queries.mT, x_hat.flatten(1, 2))
-    W_o.baddbmm_(middles.mT, heads.flatten(1, 2))
-    W_1.baddbmm_(inner.mT, middle_hat.flatten(1, 2))
-    W_2.baddbmm_(outputs.mT, hidden.flatten(1, 2))
-    for bias, g in [(b_q, queries), (b_1, inner), (b_2, outputs)]:
-        bias += g.sum(dim=1)
+    errors = errors._replace(states=errors.states[1:])
+    g, g_middle, g_q, g_hidden = (tensor.flatten(1, 2) for tensor in errors)  # (L, C * B, ...)
+    W_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
+    W_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
+    W_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
+    W_2.baddbmm_(g.mT, hidden.flatten(1, 2))
+    b_q += g_q.sum(dim=1)
+    b_1 += g_hidden.sum(dim=1)
+    b_2 += g.sum(dim=1)
 
 
 class Segment(Function):
@@ -283,7 +283,6 @@ class Segment(Function):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
         kept = Kept(*saved[:8], saved[8:])
-        scaled = positions.size(0) ** -0.5 * positions
         W_kv, _ = fold(*projection)
         folded = [fold_layer(*layer) for layer in layers]
         T, (B, H, d_head, S) = len(kept.vectors), kept.keys.shape
@@ -298,7 +297,7 @@ class Segment(Function):
         with torch.inference_mode():
             for start in reversed(range(0, T, BLOCK)):
                 steps = slice(start, min(start + BLOCK, T))
-                block_back(steps, g, alpha, scaled, W_kv, folded, kept, sums)
+                block_back(steps, g, alpha, positions, W_kv, folded, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
