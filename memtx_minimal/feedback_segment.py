@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd import Function
-from torch.nn import functional as F
 
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
@@ -27,33 +26,18 @@ def normalise(x, gain=None, shift=None):
     return torch.native_layer_norm(x, x.shape[-1:], gain, shift, 1e-5)
 
 
-def normalise_back(g, x, mean, rstd):
-    """The error at x, from the error g at normalise(x)."""
+def normalise_back(g, x, mean, rstd, gain):
+    """The error at x, from the error g at normalise(x, gain, shift)."""
     only_x = [True, False, False]
-    return norm_back(g, x, x.shape[-1:], mean, rstd, None, None, only_x)[0]
+    return norm_back(g, x, gain.shape, mean, rstd, gain, None, only_x)[0]
 
 
-def fold(gain, shift, W):
-    """W @ (gain * x + shift) is W_x @ x + b_x: W_x and b_x."""
-    return W * gain, W @ shift
+def behind_norm(G, g, gain, shift, W):
+    """The errors at gain, shift and W of y = W @ (gain * x_hat + shift).
 
-
-def fold_back(g_W_x, g_b_x, gain, shift, W):
-    """The errors at gain, shift and W, from those at what fold made of them."""
-    return (g_W_x * W).sum(dim=0), g_b_x @ W, torch.addr(g_W_x * gain, g_b_x, shift)
-
-
-def fold_layer(gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2):
-    """A layer whose norms only normalise: W_q, b_q, W_o, W_1, b_1, W_2, b_2."""
-    W_x, b_x = fold(gain_1, shift_1, W_1)
-    return *fold(gain_q, shift_q, W_q), W_o, W_x, b_1 + b_x, W_2, b_2
-
-
-def fold_layer_back(sums, layer):
-    """The errors at a layer's ten weights, from those at the seven of fold_layer."""
-    W_q, b_q, W_o, W_1, b_1, W_2, b_2 = sums
-    at_query, at_hidden = fold_back(W_q, b_q, *layer[:3]), fold_back(W_1, b_1, *layer[4:7])
-    return *at_query, W_o, *at_hidden, b_1, W_2, b_2
+    G is the sum of (error at y) times x_hat, shaped like W; g is the sum of the errors at y.
+    """
+    return (G * W).sum(dim=0), g @ W, torch.addr(G * gain, g, shift)
 
 
 def by_layer(weights):
@@ -64,9 +48,9 @@ def by_layer(weights):
 def outside_autocast(work):
     """Autocast stays out: the backward pass must get the numbers of the forward pass."""
 
-    def work_outside(first, *rest):
-        with torch.autocast(rest[0].device.type, enabled=False):
-            return work(first, *rest)
+    def work_outside(first, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return work(first, tensor, *rest)
 
     return work_outside
 
@@ -99,7 +83,7 @@ class Kept(NamedTuple):
 
 
 @outside_autocast
-def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
+def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
     """The steps forwards, from the keys and values of M old memory vectors.
 
     x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head), alpha (L + 1),
@@ -107,8 +91,8 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
     weights for each layer -> Kept.
     """
     (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
-    layers = by_layer([w.T if w.dim() == 2 else w for w in weights])
-    L, d_ff = len(layers), len(weights[7])
+    layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
+    L, d_ff, scale = len(layers), len(layers[0][7]), d_head**-0.5
     kept = Kept(
         x.new_empty(L + 1, T, B, d_model),
         *x.new_empty(3, L, T, B, d_model).unbind(),
@@ -118,7 +102,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *weights):
         torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
         [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
-    kept.states[0], scale = x.transpose(0, 1), d_head**-0.5
+    kept.states[0] = x.transpose(0, 1)
     with torch.inference_mode():  # nothing in the loop is for autograd to see
         steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
         for t, (states, *inside, vector, attention) in enumerate(steps):
@@ -149,27 +133,32 @@ class Errors(NamedTuple):
     hidden: torch.Tensor  # (L, C, B, d_ff)
 
 
+def by_step(tensor):
+    """(L, C, ...) -> for each step a tuple of its L parts."""
+    return zip(*(layer.unbind() for layer in tensor.unbind()))
+
+
 def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     """The errors of one step, from its last layer down to its embedding.
 
     g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
-    layer l; layers as fold_layer returns them; rows with what each layer had inside, and
-    with the places of its errors, the one at its output filled in. Returns lists over the
-    layers: errors at scores (N, 1, K), at heads (N, 1, d_head).
+    layer l; rows with what each layer had inside, and with the places of its errors, the
+    one at its output filled in. Returns lists over the layers: errors at scores (N, 1, K),
+    at heads (N, 1, d_head).
     """
     g_scores, g_heads, scale = [], [], keys.size(1) ** -0.5
     for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
-        W_q, _, W_o, W_1, _, W_2, _ = layer
+        gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layer
         hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
         g, g_hidden, g_middle, g_q, g_x = places
         relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
-        g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd)
+        g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd, gain_1)
         torch.add(g_normed, g, out=g_middle)
         g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
         g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
         g_q.view(g_head.shape).baddbmm_(g_score, keys.mT, beta=0, alpha=scale)
-        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
+        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
         torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
         g_scores.append(g_score)
         g_heads.append(g_head)
@@ -184,10 +173,10 @@ class Sums(NamedTuple):
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
     slots: torch.Tensor  # (2 * N, S, d_head): the same by slot, old ones too
     positions: torch.Tensor  # (d_head, mem_len)
-    layers: list  # at the seven weights of fold_layer, those of all layers stacked
+    layers: list  # seven, of all layers together: see add_weights
 
 
-def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
+def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sums):
     """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
@@ -214,7 +203,7 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
         stats = (stat[r] for stat in vector_stats)
-        g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
+        g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=errors.states[L, r])
         sums.vectors[t], attention, seen = g_vector, kept.attention[t], kept.seen(t, positions)
         back = step_back(g_vector, shares, layers, attention.unbind(), list(zip(*rows[r])), *seen)
@@ -227,11 +216,6 @@ def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
     sums.x[steps] = errors.states[0]
     add_slots(first, left, right, C, sums)
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
-
-
-def by_step(tensor):
-    """(L, C, ...) -> for each step its L parts."""
-    return zip(*(layer.unbind() for layer in tensor.unbind()))
 
 
 def add_slots(first, left, right, C, sums):
@@ -247,17 +231,17 @@ def add_slots(first, left, right, C, sums):
 
 
 def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
-    """A block's share in the errors at the weights of fold_layer."""
-    W_q, b_q, W_o, W_1, b_1, W_2, b_2 = sums
+    """A block's share in the sums of errors, and of products with them, for the weights."""
+    W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
     errors = errors._replace(states=errors.states[1:])
     g, g_middle, g_q, g_hidden = (tensor.flatten(1, 2) for tensor in errors)  # (L, C * B, ...)
     W_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
     W_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
     W_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
     W_2.baddbmm_(g.mT, hidden.flatten(1, 2))
-    b_q += g_q.sum(dim=1)
-    b_1 += g_hidden.sum(dim=1)
-    b_2 += g.sum(dim=1)
+    sum_q += g_q.sum(dim=1)
+    sum_hidden += g_hidden.sum(dim=1)
+    sum_output += g.sum(dim=1)
 
 
 class Segment(Function):
@@ -282,26 +266,30 @@ class Segment(Function):
     def backward(ctx, g, *_):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
-        kept = Kept(*saved[:8], saved[8:])
-        W_kv, _ = fold(*projection)
-        folded = [fold_layer(*layer) for layer in layers]
-        T, (B, H, d_head, S) = len(kept.vectors), kept.keys.shape
+        kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
+        (T, B, d_model), (_, H, d_head, S) = kept.vectors.shape, kept.keys.shape
+        gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
+        like = W_q, gain_q, W_o, W_1, b_1, W_2, b_2
         sums = Sums(
-            *(torch.empty_like(kept.vectors) for _ in range(2)),
-            g.new_empty(T, B, 2 * g.size(2)),
+            *g.new_empty(2, T, B, d_model).unbind(),
+            g.new_empty(T, B, 2 * d_model),
             g.new_zeros(2 * B * H, S, d_head),
             torch.zeros_like(positions),
-            [w.new_zeros(len(layers), *w.shape) for w in folded[0]],
+            [w.new_zeros(len(layers), *w.shape) for w in like],
         )
         g = g.transpose(0, 1)  # (T, B, d_model)
         with torch.inference_mode():
             for start in reversed(range(0, T, BLOCK)):
                 steps = slice(start, min(start + BLOCK, T))
-                block_back(steps, g, alpha, positions, W_kv, folded, kept, sums)
+                block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
         g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
-        g_projection = fold_back(new.T @ vectors_hat, new.sum(dim=0), *projection)
+        g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)
         g_run = sums.x.transpose(0, 1), g_keys.mT, g_values, g_alpha, sums.positions
-        g_layers = [g for pair in zip(zip(*sums.layers), layers) for g in fold_layer_back(*pair)]
+        g_layers = []
+        for layer, products in zip(layers, zip(*sums.layers)):
+            W_q, sum_q, W_o, W_1, g_b_1, W_2, g_b_2 = products
+            g_layers += *behind_norm(W_q, sum_q, *layer[:3]), W_o
+            g_layers += *behind_norm(W_1, g_b_1, *layer[4:7]), g_b_1, W_2, g_b_2
         return *g_run, *g_projection, *g_layers
