@@ -32,21 +32,13 @@ def normalise_back(g, x, mean, rstd, gain):
     return norm_back(g, x, gain.shape, mean, rstd, gain, None, only_x)[0]
 
 
-def behind_norm(G, g, gain, shift, W):
-    """The errors at gain, shift and W of y = W @ (gain * x_hat + shift).
-
-    G is the sum of (error at y) times x_hat, shaped like W; g is the sum of the errors at y.
-    """
-    return (G * W).sum(dim=0), g @ W, torch.addr(G * gain, g, shift)
-
-
 def by_layer(weights):
     """A flat list of weights -> ten for each layer."""
     return [weights[i : i + 10] for i in range(0, len(weights), 10)]
 
 
 def outside_autocast(work):
-    """Autocast stays out: the backward pass must get the numbers of the forward pass."""
+    """Without autocast, so that the loops compute with the numbers that they are given."""
 
     def work_outside(first, tensor, *rest):
         with torch.autocast(tensor.device.type, enabled=False):
@@ -187,10 +179,12 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     (B, H, d_head, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
     C, first, N = steps.stop - steps.start, S - len(kept.vectors) + steps.start, B * H
     states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
-    (x_hat, *x_stats), (middle_hat, *middle_stats) = normalise(states[:-1]), normalise(middles)
+    x_hat, *x_stats = normalise(states[:-1])
+    middle_hat, *middle_stats = normalise(middles)
     errors = Errors(*map(torch.empty_like, (states, middles, queries, hidden)))
     inside = hidden, middles, *middle_stats, states[:-1], *x_stats
-    places = errors.states[1:], errors.hidden, errors.middles, errors.queries, errors.states[:-1]
+    g, g_middles, g_queries, g_hidden = errors
+    places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
     rows = list(zip(*map(by_step, inside + places)))
 
     left = positions.new_zeros(2, N, C * L, mem_len + C)
@@ -204,16 +198,17 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
         stats = (stat[r] for stat in vector_stats)
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
-        torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=errors.states[L, r])
+        torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
         sums.vectors[t], attention, seen = g_vector, kept.attention[t], kept.seen(t, positions)
-        back = step_back(g_vector, shares, layers, attention.unbind(), list(zip(*rows[r])), *seen)
-        g_scores, g_heads = (torch.cat(layers, dim=1) for layers in back)
+        back = step_back(g_vector, shares, layers, attention.unbind(), [*zip(*rows[r])], *seen)
+        g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
         columns = slice(mem_len + r - attention.size(3), mem_len + r)
         left[0, :, row, columns] = g_scores
         left[1, :, row, columns] = attention.squeeze(2).transpose(0, 1)
         right[1, :, row] = g_heads
-        near.baddbmm_(left[:, :, row, mem_len:].flatten(0, 1).mT, right[:, :, row].flatten(0, 1))
-    sums.x[steps] = errors.states[0]
+        later, at_row = left[:, :, row, mem_len:], right[:, :, row]
+        near.baddbmm_(later.flatten(0, 1).mT, at_row.flatten(0, 1))
+    sums.x[steps] = g[0]
     add_slots(first, left, right, C, sums)
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
@@ -242,6 +237,14 @@ def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
     sum_q += g_q.sum(dim=1)
     sum_hidden += g_hidden.sum(dim=1)
     sum_output += g.sum(dim=1)
+
+
+def behind_norm(G, g, gain, shift, W):
+    """The errors at gain, shift and W of y = W @ (gain * x_hat + shift).
+
+    G is the sum of (error at y) times x_hat, of W's shape; g is the sum of the errors at y.
+    """
+    return (G * W).sum(dim=0), g @ W, torch.addr(G * gain, g, shift)
 
 
 class Segment(Function):

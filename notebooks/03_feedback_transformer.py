@@ -58,7 +58,6 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 
 from memtx_minimal import corpora, figures, measure, tasks, training
@@ -404,17 +403,17 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        vectors, keys, values = recall(self, memory, x)
+        x = self.embedding(tokens)  # (B, T, d_model)
         dropout = self.training and self.dropout.p > 0
-        by_hand = self.by_hand and self.shared_kv and not dropout and x.size(1) > 1
-        run_steps = segment if by_hand else loop
+        x = self.dropout(x) if dropout else x
+        vectors, keys, values = recall(self, memory, x)
+        run_steps = segment if self.by_hand and self.shared_kv and not dropout else loop
         outputs, new, keys, values = run_steps(self, x, keys, values)
         first = max(0, keys.size(-1) - self.mem_len)
         if torch.is_grad_enabled():
             memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
         else:
-            memory = keys[..., first:].clone(), values[..., first:, :].clone()
+            memory = keys[..., first:].contiguous(), values[..., first:, :].contiguous()
         return self.head(self.norm(outputs)), memory
 
 # %%
@@ -526,119 +525,168 @@ def plain_loop(model, tokens):
 # times (query).
 #
 # So the whole segment becomes one operation for autograd, a `torch.autograd.Function`, with its
-# own backward pass. To keep it short, each norm does nothing but normalise: its gain and shift go
-# into the weights behind it, by `fold`.
-
-# %% tags=["from-module"]
-def fold(norm, linear, scale=1.0):
-    """A norm's gain and shift as part of the weights behind it: weights and bias."""
-    bias = linear.weight @ norm.bias
-    bias = bias if linear.bias is None else bias + linear.bias
-    return scale * linear.weight * norm.weight, scale * bias
+# own backward pass. Without gradients, there is only the way forwards, `run`.
 
 # %% tags=["from-module"]
 def segment(model, x, keys, values):
     """What loop does, as one operation whose backward pass is written by hand."""
     memory, weights = model.memory, []
     for layer in model.layers:
+        norm, feed_forward_norm = layer.norm_attention, layer.norm_feed_forward
         inner, _, outer = layer.feed_forward
-        scale = len(memory.positions) ** -0.5
-        weights += fold(layer.norm_attention, layer.query, scale)
-        weights += [layer.out.weight, *fold(layer.norm_feed_forward, inner)]
-        weights += [outer.weight, outer.bias]
-    outputs, vectors, keys, values = Segment.apply(
+        weights += [norm.weight, norm.bias, layer.query.weight, layer.out.weight]
+        weights += [feed_forward_norm.weight, feed_forward_norm.bias]
+        weights += [inner.weight, inner.bias, outer.weight, outer.bias]
+    arguments = [
         x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
         memory.positions[:, memory.positions.size(1) - model.mem_len :],
-        *fold(memory.norm, memory.key_value), *weights,
-    )  # fmt: skip
+        memory.norm.weight, memory.norm.bias, memory.key_value.weight, *weights,
+    ]  # fmt: skip
+    trains = torch.is_grad_enabled()
+    results = Segment.apply(*arguments) if trains else run(*arguments).results()
+    outputs, vectors, keys, values = results
     return outputs, vectors, keys[None], values[None]
 
 # %% [markdown]
 # The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every
-# step leaves signals, and a block of steps is as many as are worth one large product.
+# step leaves errors, and a block of steps is as many as are worth one large product.
 
 # %%
 BLOCK = 16  # steps in a block
+norm_back = torch.ops.aten.native_layer_norm_backward.default
+relu_back = torch.ops.aten.threshold_backward.grad_input
 
 # %% [markdown]
 # Layer norm, forwards and backwards, each as one operation of PyTorch. `g` is always an error:
 # the gradient of the loss at some place.
 
 # %% tags=["from-module"]
-def normalise(x):
-    """Layer norm without gain and shift; also mean and 1 / deviation, for its backward."""
-    return torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+def normalise(x, gain=None, shift=None):
+    """Layer norm; also mean and 1 / deviation, for its backward."""
+    return torch.native_layer_norm(x, x.shape[-1:], gain, shift, 1e-5)
 
 # %% tags=["from-module"]
-def normalise_back(g, x, mean, rstd):
-    """The error at x, from the error g at normalise(x)."""
-    back = torch.ops.aten.native_layer_norm_backward.default
-    return back(g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+def normalise_back(g, x, mean, rstd, gain):
+    """The error at x, from the error g at normalise(x, gain, shift)."""
+    only_x = [True, False, False]
+    return norm_back(g, x, gain.shape, mean, rstd, gain, None, only_x)[0]
 
 # %% [markdown]
-# What the steps forwards leave behind. For each step and layer that is the input, the state
-# between attention and feed-forward, the query and the heads. The inner layer of the feed-forward
-# is the largest tensor of all. It is *not* kept: backwards it is computed again, for many steps
-# in one product.
+# An operation for autograd takes tensors, not modules, so the weights come as one flat list, ten
+# for each layer. And where training runs in mixed precision, both passes have to compute in the
+# same one.
+
+# %% tags=["from-module"]
+def by_layer(weights):
+    """A flat list of weights -> ten for each layer."""
+    return [weights[i : i + 10] for i in range(0, len(weights), 10)]
+
+# %% tags=["from-module"]
+def outside_autocast(work):
+    """Without autocast, so that the loops compute with the numbers that they are given."""
+
+    def work_outside(first, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return work(first, tensor, *rest)
+
+    return work_outside
+
+# %% [markdown]
+# What the steps forwards leave behind, layer by layer: the input, the state between attention and
+# feed-forward, the query, the heads, the hidden state of the feed-forward, and the attention
+# weights. That is about what autograd keeps for a vanilla transformer.
 
 # %% tags=["from-module"]
 class Kept(NamedTuple):
     """What the steps forwards leave for the steps backwards."""
 
-    states: torch.Tensor  # (T, L + 1, B, d_model): the embedding, the output of each layer
-    middles: torch.Tensor  # (T, L, B, d_model): between attention and feed-forward
-    queries: torch.Tensor  # (T, L, B, d_model)
-    heads: torch.Tensor  # (T, L, B, d_model): out of attention
+    states: torch.Tensor  # (L + 1, T, B, d_model): the embedding, the output of each layer
+    middles: torch.Tensor  # (L, T, B, d_model): between attention and feed-forward
+    queries: torch.Tensor  # (L, T, B, d_model), scaled
+    heads: torch.Tensor  # (L, T, B, d_model): out of attention
+    hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
     keys: torch.Tensor  # (B, H, d_head, S)
     values: torch.Tensor  # (B, H, S, d_head)
-    attention: list  # T * L tensors (N, 1, K)
+    attention: list  # T tensors (L, N, 1, K): the weights
 
     def seen(self, t, positions):
         """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
-        end = self.keys.size(3) - len(self.states) + t  # M + t slots are there
+        end = self.keys.size(3) - len(self.vectors) + t  # M + t slots are there
         K = min(end, positions.size(1))
         keys = self.keys.flatten(0, 1)[..., end - K : end]
         values = self.values.flatten(0, 1)[:, end - K : end]
         return keys + positions[:, positions.size(1) - K :], values
 
+    def results(self):
+        """Outputs and memory vectors (B, T, d_model), keys and values of all S slots."""
+        outputs, vectors = self.states[-1], self.vectors
+        return outputs.transpose(0, 1), vectors.transpose(0, 1), self.keys, self.values
+
 # %% [markdown]
 # The steps forwards are the loop that you know, written without modules, into tensors that are
-# there already.
+# there already. In inference mode PyTorch leaves out its bookkeeping for autograd, which would cost
+# time at each of these small products.
 
 # %% tags=["from-module"]
-def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
+@outside_autocast
+def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
     """The steps forwards, from the keys and values of M old memory vectors.
 
-    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head) -> Kept.
+    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head), alpha (L + 1),
+    positions (d_head, mem_len); gain, shift and W_kv, from vectors to keys and values; ten
+    weights for each layer -> Kept.
     """
     (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
+    layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
+    L, d_ff, scale = len(layers), len(layers[0][7]), d_head**-0.5
     kept = Kept(
-        x.new_empty(T, len(layers) + 1, B, d_model),
-        *x.new_empty(3, T, len(layers), B, d_model).unbind(),
+        x.new_empty(L + 1, T, B, d_model),
+        *x.new_empty(3, L, T, B, d_model).unbind(),
+        x.new_empty(L, T, B, d_ff),
         x.new_empty(T, B, d_model),
         torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
         torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
-        [],
+        [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
-    kept.states[:, 0] = x.transpose(0, 1)
-    layers = [[w.T if w.dim() == 2 else w for w in layer] for layer in layers]
-    for t, (states, middles, queries, heads, vector) in enumerate(zip(*kept[:5])):
-        keys, values = kept.seen(t, positions)
-        x_t, *outputs = states.unbind()
-        rows = zip(layers, middles.unbind(), queries.unbind(), heads.unbind(), outputs)
-        for (W_q, b_q, W_o, W_1, b_1, W_2, b_2), middle, q, head, output in rows:
-            torch.addmm(b_q, normalise(x_t)[0], W_q, out=q)  # (B, d_model)
-            scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
-            kept.attention.append(scores.softmax(dim=-1))
-            torch.bmm(kept.attention[-1], values, out=head.view(B * H, 1, d_head))
-            torch.addmm(x_t, head, W_o, out=middle)
-            hidden = torch.addmm(b_1, normalise(middle)[0], W_1).relu_()  # (B, d_ff)
-            x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
-        torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
-        new = torch.addmm(b_kv, normalise(vector)[0], W_kv.T).view(B, 2, H, d_head)
-        kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
+    kept.states[0] = x.transpose(0, 1)
+    with torch.inference_mode():  # nothing in the loop is for autograd to see
+        steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
+        for t, (states, *inside, vector, attention) in enumerate(steps):
+            keys, values = kept.seen(t, positions)
+            x_t, *outputs = states.unbind()
+            rows = zip(layers, *(tensor.unbind() for tensor in [*inside, attention]), outputs)
+            for layer, middle, q, head, hidden, weights, output in rows:
+                gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
+                q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
+                scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
+                torch.softmax(scores, dim=-1, out=weights)
+                torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
+                torch.addmm(x_t, head, W_o, out=middle)
+                torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1, out=hidden).relu_()
+                x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
+            torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
+            new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
+            kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
     return kept
+
+# %% [markdown]
+# The errors of a block of steps have a place each, of the same shape. `by_step` cuts such tensors
+# into the pieces that the loop reads and writes.
+
+# %% tags=["from-module"]
+class Errors(NamedTuple):
+    """The errors of C steps, at what Kept has under the same names."""
+
+    states: torch.Tensor  # (L + 1, C, B, d_model)
+    middles: torch.Tensor  # (L, C, B, d_model)
+    queries: torch.Tensor  # (L, C, B, d_model)
+    hidden: torch.Tensor  # (L, C, B, d_ff)
+
+# %% tags=["from-module"]
+def by_step(tensor):
+    """(L, C, ...) -> for each step a tuple of its L parts."""
+    return zip(*(layer.unbind() for layer in tensor.unbind()))
 
 # %% [markdown]
 # Now one step backwards, from the top layer down. Each line is the line of `run` in reverse. An
@@ -646,143 +694,136 @@ def run(x, keys, values, alpha, positions, W_kv, b_kv, layers):
 # later steps.
 
 # %% tags=["from-module"]
-def step_back(g, g_vector, alpha, layers, rows, keys, values):
+def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     """The errors of one step, from its last layer down to its embedding.
 
-    g (B, d_model) at the last output; g_vector at the memory vector, of which the share
-    alpha[l] is the input of layer l. Returns g at the embedding, and lists over the layers:
-    errors at (output, middle, query, hidden), at scores (N, 1, K), at heads (N, 1, d_head).
+    g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
+    layer l; rows with what each layer had inside, and with the places of its errors, the
+    one at its output filled in. Returns lists over the layers: errors at scores (N, 1, K),
+    at heads (N, 1, d_head).
     """
-    errors, g_scores, g_heads = [], [], []
-    for layer, share, row in zip(reversed(layers), reversed(alpha), reversed(rows)):
-        W_q, _, W_o, W_1, _, W_2, _ = layer
-        weights, slope, middle, middle_mean, middle_rstd, x, x_mean, x_rstd = row
-        g_hidden = (g @ W_2).mul_(slope)  # (B, d_ff)
-        g_middle = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd).add_(g)
+    g_scores, g_heads, scale = [], [], keys.size(1) ** -0.5
+    for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
+        gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layer
+        hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
+        g, g_hidden, g_middle, g_q, g_x = places
+        relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
+        g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd, gain_1)
+        torch.add(g_normed, g, out=g_middle)
         g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
         g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
-        g_q = torch.bmm(g_score, keys.mT).view(g.shape)  # (B, d_model)
-        errors.append((g, g_middle, g_q, g_hidden))
+        g_q.view(g_head.shape).baddbmm_(g_score, keys.mT, beta=0, alpha=scale)
+        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
+        torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
         g_scores.append(g_score)
         g_heads.append(g_head)
-        g = normalise_back(g_q @ W_q, x, x_mean, x_rstd)
-        g.add_(g_middle).add_(g_vector, alpha=share)
-    return g, errors[::-1], g_scores[::-1], g_heads[::-1]
+    return g_scores[::-1], g_heads[::-1]
 
 # %% tags=["from-module"]
 class Sums(NamedTuple):
-    """The errors that block after block adds to, or fills in."""
+    """The errors that block after block fills in, or adds to."""
 
     x: torch.Tensor  # (T, B, d_model)
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
-    slots: torch.Tensor  # (2 * N, S, d_head): keys and values, by slot
+    slots: torch.Tensor  # (2 * N, S, d_head): the same by slot, old ones too
     positions: torch.Tensor  # (d_head, mem_len)
-    layers: list  # the seven weights of each layer
+    layers: list  # seven, of all layers together: see add_weights
 
 # %% [markdown]
-# The steps go backwards in blocks. `prepare` computes for all steps of a block at once what none
-# of them has to wait for.
+# The steps go backwards in blocks. Before the loop comes what no step has to wait for, for all
+# steps of the block at once. The loop collects errors. Only the keys and values of the block's own
+# slots cannot wait, because the very next step backwards needs the errors there. They are summed up
+# in `near`.
 
 # %% tags=["from-module"]
-class Block(NamedTuple):
-    """What C steps need backwards, and the signals that they leave.
+def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sums):
+    """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
     and layer, a column for each slot, from mem_len slots before the block on. right holds
     the queries, and the errors at the heads. So the errors at keys and values are
     left.mT @ right.
     """
-
-    x_hat: torch.Tensor  # (C, L, B, d_model): inputs of the layers, normalised
-    x_stats: list  # mean and 1 / deviation, (C, L, B, 1) each
-    middle_hat: torch.Tensor  # the same for the inputs of the feed-forwards
-    middle_stats: list
-    hidden: list  # L tensors (C * B, d_ff): inside the feed-forwards, computed again
-    left: torch.Tensor  # (2, N, C * L, mem_len + C)
-    right: torch.Tensor  # (2, N, C * L, d_head)
-    errors: list  # for each step and layer those at output, middle, query, hidden
-
-# %% tags=["from-module"]
-def prepare(steps, layers, kept, mem_len):
-    """A Block for a slice of steps: normalised inputs, hidden states, and the queries."""
-    middles, (B, H, d_head, _) = kept.middles[steps], kept.keys.shape
-    (C, L), N = middles.shape[:2], B * H
-    x_hat, *x_stats = normalise(kept.states[steps, :L])
+    (B, H, d_head, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    C, first, N = steps.stop - steps.start, S - len(kept.vectors) + steps.start, B * H
+    states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
+    x_hat, *x_stats = normalise(states[:-1])
     middle_hat, *middle_stats = normalise(middles)
-    hidden = [
-        torch.addmm(b_1, middle_hat[:, l].flatten(0, 1), W_1.T).relu_()
-        for l, (_, _, _, W_1, b_1, _, _) in enumerate(layers)
-    ]
-    left = kept.keys.new_zeros(2, N, C * L, mem_len + C)
-    right = kept.keys.new_empty(2, N, C * L, d_head)
-    right[0] = kept.queries[steps].view(C * L, N, d_head).transpose(0, 1)
-    return Block(x_hat, x_stats, middle_hat, middle_stats, hidden, left, right, [])
+    errors = Errors(*map(torch.empty_like, (states, middles, queries, hidden)))
+    inside = hidden, middles, *middle_stats, states[:-1], *x_stats
+    g, g_middles, g_queries, g_hidden = errors
+    places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
+    rows = list(zip(*map(by_step, inside + places)))
 
-# %% [markdown]
-# The loop over the block collects errors. Only the keys and values of the block's own slots
-# cannot wait, because the very next step backwards needs the errors there. They are summed up in
-# `near`.
-
-# %% tags=["from-module"]
-def block_back(steps, g_outputs, alpha, positions, W_kv, layers, kept, sums):
-    """A slice of steps backwards, then the products of their signals."""
-    (B, H, _, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
-    C, first = steps.stop - steps.start, S - len(kept.states) + steps.start
-    block = prepare(steps, layers, kept, mem_len)
-    slopes = torch.stack(block.hidden).sign().unflatten(1, (C, B)).transpose(0, 1)
-    at_middle = kept.middles[steps], *block.middle_stats
-    inputs = slopes, *at_middle, kept.states[steps], *block.x_stats
+    left = positions.new_zeros(2, N, C * L, mem_len + C)
+    right = positions.new_empty(2, N, C * L, d_head)
+    right[0] = queries.reshape(L, C, N, d_head).permute(2, 1, 0, 3).flatten(1, 2)
+    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
     vector_stats = normalise(kept.vectors[steps])[1:]
     *shares, share_of_output = alpha.tolist()
-    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head): wanted at once
     for r in reversed(range(C)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t].view(B, 2, H, -1).copy_(near[:, r].view(2, B, H, -1).transpose(0, 1))
         stats = (stat[r] for stat in vector_stats)
-        sums.vectors[t] = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats)
-        g = torch.add(g_outputs[t], sums.vectors[t], alpha=share_of_output)
-        weights = kept.attention[t * L : (t + 1) * L]
-        rows = list(zip(weights, *(tensor[r].unbind() for tensor in inputs)))
-        keys, values = kept.seen(t, positions)
-        sums.x[t], errors, g_scores, g_heads = step_back(
-            g, sums.vectors[t], shares, layers, rows, keys, values
-        )
-        block.errors.insert(0, errors)
-        columns = slice(mem_len + r - values.size(1), mem_len + r)
-        torch.cat(g_scores, dim=1, out=block.left[0, :, row, columns])
-        torch.cat(weights, dim=1, out=block.left[1, :, row, columns])
-        torch.cat(g_heads, dim=1, out=block.right[1, :, row])
-        left, right = block.left[:, :, row, mem_len:], block.right[:, :, row]
-        near.baddbmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
-    add_products(first, block, kept.heads[steps], sums)
+        g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
+        torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
+        sums.vectors[t], attention, seen = g_vector, kept.attention[t], kept.seen(t, positions)
+        back = step_back(g_vector, shares, layers, attention.unbind(), [*zip(*rows[r])], *seen)
+        g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
+        columns = slice(mem_len + r - attention.size(3), mem_len + r)
+        left[0, :, row, columns] = g_scores
+        left[1, :, row, columns] = attention.squeeze(2).transpose(0, 1)
+        right[1, :, row] = g_heads
+        later, at_row = left[:, :, row, mem_len:], right[:, :, row]
+        near.baddbmm_(later.flatten(0, 1).mT, at_row.flatten(0, 1))
+    sums.x[steps] = g[0]
+    add_slots(first, left, right, C, sums)
+    add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
 # %% [markdown]
-# And the products that the errors are collected for: large ones, once a block.
+# And the products that the errors are collected for: large ones, once a block. First for what was
+# attended to, then for the weights, of all layers together.
 
 # %% tags=["from-module"]
-def add_products(first, block, heads, sums):
-    """The sums over a block's steps: for old keys and values, positions, and weights."""
-    left, right, (C, L) = block.left, block.right, heads.shape[:2]
-    mem_len, N = sums.positions.size(1), left.size(1)
+def add_slots(first, left, right, C, sums):
+    """A block's share in the errors at keys and values before it, and at positions."""
+    (N, rows, width), mem_len = left.shape[1:], sums.positions.size(1)
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
     sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
-
-    width = mem_len + C  # a step is L rows, and the ages of the next begin a column later
-    strides = (C * L * width, L * width + 1, width, 1)
+    L = rows // C  # a step is L rows, and the ages of the next begin a column later
+    strides = rows * width, L * width + 1, width, 1
     by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
     sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
-    for l, (W_q, b_q, W_o, W_1, b_1, W_2, b_2) in enumerate(sums.layers):
-        at_layer = (step[l] for step in block.errors)
-        output, middle, query, hidden = (torch.cat(errors) for errors in zip(*at_layer))
-        W_q.addmm_(query.T, block.x_hat[:, l].flatten(0, 1))
-        W_o.addmm_(middle.T, heads[:, l].flatten(0, 1))
-        W_1.addmm_(hidden.T, block.middle_hat[:, l].flatten(0, 1))
-        W_2.addmm_(output.T, block.hidden[l])
-        for bias, errors in [(b_q, query), (b_1, hidden), (b_2, output)]:
-            bias += errors.sum(dim=0)
+
+# %% tags=["from-module"]
+def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
+    """A block's share in the sums of errors, and of products with them, for the weights."""
+    W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
+    errors = errors._replace(states=errors.states[1:])
+    g, g_middle, g_q, g_hidden = (tensor.flatten(1, 2) for tensor in errors)  # (L, C * B, ...)
+    W_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
+    W_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
+    W_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
+    W_2.baddbmm_(g.mT, hidden.flatten(1, 2))
+    sum_q += g_q.sum(dim=1)
+    sum_hidden += g_hidden.sum(dim=1)
+    sum_output += g.sum(dim=1)
+
+# %% [markdown]
+# Three of the weights stand behind a norm: $y = W(\gamma \odot \hat x + \beta)$, where $\hat x$ is
+# normalised and $\gamma$, $\beta$ are the norm's gain and shift. With $g$ the error at $y$, two sums
+# over the steps, $G = \sum g\, \hat x^\top$ and $\sum g$, are enough for the gradients of all three.
+
+# %% tags=["from-module"]
+def behind_norm(G, g, gain, shift, W):
+    """The errors at gain, shift and W of y = W @ (gain * x_hat + shift).
+
+    G is the sum of (error at y) times x_hat, of W's shape; g is the sum of the errors at y.
+    """
+    return (G * W).sum(dim=0), g @ W, torch.addr(G * gain, g, shift)
 
 # %% [markdown]
 # For autograd, all of this is one operation.
@@ -791,48 +832,52 @@ def add_products(first, block, heads, sums):
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
-    x (B, T, d_model), keys (B, H, d_head, M) and values (B, H, M, d_head) of the memory,
-    alpha (L + 1), positions (d_head, mem_len), W_kv, b_kv, seven weights a layer -> outputs
-    and memory vectors (B, T, d_model), keys and values with T more slots; only the outputs
-    can be differentiated.
+    Takes what run takes -> outputs and memory vectors (B, T, d_model), keys and values with
+    T more slots. Only the outputs can be differentiated.
     """
 
     @staticmethod
-    @custom_fwd(device_type="cuda", cast_inputs=torch.float32)
-    def forward(ctx, x, keys, values, alpha, positions, W_kv, b_kv, *weights):
-        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
-        kept = run(x, keys, values, alpha, positions, W_kv, b_kv, layers)
-        ctx.save_for_backward(alpha, positions, W_kv, *weights, *kept[:7], *kept.attention)
-        ctx.n_weights = len(weights)
-        read = kept.vectors.transpose(0, 1), kept.keys, kept.values
+    def forward(ctx, *arguments):
+        in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in arguments[8:])
+        kept = run(*arguments[:8], *in_reading_order)  # T times: worth the copies
+        ctx.save_for_backward(*arguments[3:], *kept[:8], *kept.attention)
+        ctx.n_weights = len(arguments) - 8
+        outputs, *read = kept.results()
         ctx.mark_non_differentiable(*read)
-        return kept.states[:, -1].transpose(0, 1), *read
+        return outputs, *read
 
     @staticmethod
-    @custom_bwd(device_type="cuda")
+    @outside_autocast
     def backward(ctx, g, *_):
-        alpha, positions, W_kv, *saved = ctx.saved_tensors
-        weights, saved = saved[: ctx.n_weights], saved[ctx.n_weights :]
-        layers = [weights[i : i + 7] for i in range(0, len(weights), 7)]
-        kept = Kept(*saved[:7], saved[7:])
-        T, (B, H, d_head, S) = len(kept.states), kept.keys.shape
+        (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
+        kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
+        (T, B, d_model), (_, H, d_head, S) = kept.vectors.shape, kept.keys.shape
+        gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
+        like = W_q, gain_q, W_o, W_1, b_1, W_2, b_2
         sums = Sums(
-            torch.empty_like(kept.vectors),
-            torch.empty_like(kept.vectors),
-            g.new_empty(T, B, len(W_kv)),
+            *g.new_empty(2, T, B, d_model).unbind(),
+            g.new_empty(T, B, 2 * d_model),
             g.new_zeros(2 * B * H, S, d_head),
             torch.zeros_like(positions),
-            [[torch.zeros_like(w) for w in layer] for layer in layers],
+            [w.new_zeros(len(layers), *w.shape) for w in like],
         )
         g = g.transpose(0, 1)  # (T, B, d_model)
-        for start in reversed(range(0, T, BLOCK)):
-            steps = slice(start, min(start + BLOCK, T))
-            block_back(steps, g, alpha, positions, W_kv, layers, kept, sums)
+        with torch.inference_mode():
+            for start in reversed(range(0, T, BLOCK)):
+                steps = slice(start, min(start + BLOCK, T))
+                block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
         g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
-        g_alpha = (kept.states * sums.vectors[:, None]).sum((0, 2, 3))
-        g_W_kv = sums.new.flatten(0, 1).T @ normalise(kept.vectors)[0].flatten(0, 1)
-        g_x, g_b_kv, g_weights = sums.x.transpose(0, 1), sums.new.sum((0, 1)), sum(sums.layers, [])
-        return g_x, g_keys.mT, g_values, g_alpha, sums.positions, g_W_kv, g_b_kv, *g_weights
+        g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
+        vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
+        g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)
+        g_run = sums.x.transpose(0, 1), g_keys.mT, g_values, g_alpha, sums.positions
+        g_layers = []
+        for layer, products in zip(layers, zip(*sums.layers)):
+            W_q, sum_q, W_o, W_1, g_b_1, W_2, g_b_2 = products
+            g_layers += *behind_norm(W_q, sum_q, *layer[:3]), W_o
+            g_layers += *behind_norm(W_1, g_b_1, *layer[4:7]), g_b_1, W_2, g_b_2
+        return *g_run, *g_projection, *g_layers
 
 # %% [markdown]
 # Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in
@@ -864,8 +909,9 @@ for name in ("cache", "by hand"):
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
-shapes = [(1, 3, 4), (1, 2, 2, 2), (1, 2, 2, 2), (2,), (2, 3), (8, 4), (8,)]  # x, keys, values, alpha, ...
-shapes += [(4, 4), (4,), (4, 4), (5, 4), (5,), (4, 5), (4,)]  # ... and one layer
+shapes = [(1, 3, 4), (1, 2, 2, 2), (1, 2, 2, 2), (2,), (2, 3)]  # x, keys, values, alpha, positions
+shapes += [(4,), (4,), (8, 4)]  # gain, shift, W_kv
+shapes += [(4,), (4,), (4, 4), (4, 4), (4,), (4,), (5, 4), (5,), (4, 5), (4,)]  # one layer
 inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
 assert torch.autograd.gradcheck(lambda *inputs: Segment.apply(*inputs)[0], inputs)
 print("gradcheck: right")

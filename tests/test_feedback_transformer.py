@@ -262,6 +262,27 @@ def test_gradcheck_entry_by_entry():
     torch.autograd.gradcheck(lambda *a: Segment.apply(*a)[0], arguments(T=2, M=1, mem_len=2, L=1, d_ff=3))
 
 
+def test_autocast_stays_outside():
+    """In mixed precision the segment computes as without it, also from keys that autocast made, forwards and backwards."""
+
+    def outputs_and_gradients(enabled):
+        leaves = [a.detach().float().requires_grad_() for a in arguments(T=5)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = Segment.apply(*leaves)[0]
+            return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    for a, b in zip(outputs_and_gradients(True), outputs_and_gradients(False)):
+        assert torch.equal(a, b) and a.dtype == torch.float32
+
+    model, text = make().float(), tokens(2, 20)
+    memory = model(text)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(text, memory)[0].float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(loss, model(text, memory)[0].square().mean(), rtol=0.02, atol=0)
+
+
 def test_two_forwards_before_a_backward_in_any_order():
     model = make()
     texts = tokens(2, 18), tokens(2, 7, seed=2)
