@@ -731,6 +731,20 @@ class Sums(NamedTuple):
     positions: torch.Tensor  # (d_head, mem_len)
     layers: list  # seven, of all layers together: see add_weights
 
+# %% tags=["from-module"]
+def empty_sums(kept, positions, layers):
+    """Sums to begin with."""
+    (T, B, d_model), (_, H, d_head, S) = kept.vectors.shape, kept.keys.shape
+    gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
+    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # of these shapes
+    return Sums(
+        *positions.new_empty(2, T, B, d_model).unbind(),
+        positions.new_empty(T, B, 2 * d_model),
+        positions.new_zeros(2 * B * H, S, d_head),
+        torch.zeros_like(positions),
+        [w.new_zeros(len(layers), *w.shape) for w in summed],
+    )
+
 # %% [markdown]
 # The steps go backwards in blocks. Before the loop comes what no step has to wait for, for all
 # steps of the block at once. The loop collects errors. Only the keys and values of the block's own
@@ -825,6 +839,14 @@ def behind_norm(G, g, gain, shift, W):
     """
     return (G * W).sum(dim=0), g @ W, torch.addr(G * gain, g, shift)
 
+# %% tags=["from-module"]
+def layer_errors(layer, sums):
+    """The errors at a layer's ten weights, from its share of Sums.layers."""
+    W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
+    at_query = behind_norm(W_q, sum_q, *layer[:3])
+    at_hidden = behind_norm(W_1, sum_hidden, *layer[4:7])
+    return *at_query, W_o, *at_hidden, sum_hidden, W_2, sum_output
+
 # %% [markdown]
 # For autograd, all of this is one operation.
 
@@ -852,32 +874,19 @@ class Segment(Function):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
         kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
-        (T, B, d_model), (_, H, d_head, S) = kept.vectors.shape, kept.keys.shape
-        gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
-        like = W_q, gain_q, W_o, W_1, b_1, W_2, b_2
-        sums = Sums(
-            *g.new_empty(2, T, B, d_model).unbind(),
-            g.new_empty(T, B, 2 * d_model),
-            g.new_zeros(2 * B * H, S, d_head),
-            torch.zeros_like(positions),
-            [w.new_zeros(len(layers), *w.shape) for w in like],
-        )
-        g = g.transpose(0, 1)  # (T, B, d_model)
+        sums = empty_sums(kept, positions, layers)
+        g, T = g.transpose(0, 1), g.size(1)  # (T, B, d_model)
         with torch.inference_mode():
             for start in reversed(range(0, T, BLOCK)):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
-        g_keys, g_values = sums.slots[:, : S - T].view(2, B, H, S - T, d_head).unbind()
+        old = sums.slots[:, :-T].unflatten(0, (2, *kept.keys.shape[:2]))
         g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
+        g_run = sums.x.transpose(0, 1), old[0].mT, old[1], g_alpha, sums.positions
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
         g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)
-        g_run = sums.x.transpose(0, 1), g_keys.mT, g_values, g_alpha, sums.positions
-        g_layers = []
-        for layer, products in zip(layers, zip(*sums.layers)):
-            W_q, sum_q, W_o, W_1, g_b_1, W_2, g_b_2 = products
-            g_layers += *behind_norm(W_q, sum_q, *layer[:3]), W_o
-            g_layers += *behind_norm(W_1, g_b_1, *layer[4:7]), g_b_1, W_2, g_b_2
-        return *g_run, *g_projection, *g_layers
+        pairs = zip(layers, zip(*sums.layers))
+        return *g_run, *g_projection, *(g for pair in pairs for g in layer_errors(*pair))
 
 # %% [markdown]
 # Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in
