@@ -516,10 +516,10 @@ def plain_loop(model, tokens):
 # steps,
 #
 # $$
-# \frac{\partial \mathcal L}{\partial W_q} = \sum_t g_t\, \hat x_t^\top ,
+# \frac{\partial \mathcal L}{\partial W_q} = \sum_t g_t\, z_t^\top ,
 # $$
 #
-# where $g_t$ is the error at the query of step $t$ and $\hat x_t$ the normalised input. Keep the
+# where $g_t$ is the error at the query of step $t$ and $z_t$ what $W_q$ was multiplied with. Keep the
 # $g_t$, put them side by side, and the sum is *one* large matrix product. The same goes for the
 # keys: the error at $k_j$ is a sum over all later steps and all layers of (error at the score)
 # times (query).
@@ -549,7 +549,9 @@ def segment(model, x, keys, values):
 
 # %% [markdown]
 # The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every
-# step leaves errors, and a block of steps is as many as are worth one large product.
+# step leaves errors, and a block of steps is as many as are worth one large product. Three more
+# letters for shapes: `N = B * H`, each head of each text; `S = M + T` slots, memory and segment;
+# `C`, the steps of a block.
 
 # %%
 BLOCK = 16  # steps in a block
@@ -573,8 +575,8 @@ def normalise_back(g, x, mean, rstd, gain):
 
 # %% [markdown]
 # An operation for autograd takes tensors, not modules, so the weights come as one flat list, ten
-# for each layer. And where training runs in mixed precision, both passes have to compute in the
-# same one.
+# for each layer, as `segment` lists them. And where training runs in mixed precision, both passes
+# have to compute in the same one.
 
 # %% tags=["from-module"]
 def by_layer(weights):
