@@ -665,7 +665,8 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
-                torch.addmm(b_1, normalise(middle, gain_1, shift_1)[0], W_1, out=hidden).relu_()
+                normed = normalise(middle, gain_1, shift_1)[0]
+                torch.mm(normed, W_1, out=hidden).add_(b_1).relu_()
                 x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
             torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
             new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
