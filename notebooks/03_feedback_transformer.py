@@ -1447,6 +1447,8 @@ figures.curves(
     xlabel="length of the segment (tokens)", ylabel="MiB",
 )
 axes[1].set(yscale="log", title="kept for backward (2 layers)")
+axes[1].set_yticks([2, 5, 10, 20, 50, 100], labels=["2", "5", "10", "20", "50", "100"])
+axes[1].minorticks_off()
 for ax in axes:
     ax.legend(fontsize=8)
 figures.show(
