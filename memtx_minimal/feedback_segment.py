@@ -14,7 +14,7 @@ and b_2 of the feed-forward.
 from typing import NamedTuple
 
 import torch
-from torch.autograd import Function
+from torch.autograd.function import Function, once_differentiable
 
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
@@ -274,7 +274,7 @@ class Segment(Function):
     """A segment for autograd, all steps at once.
 
     Takes what run takes -> outputs and memory vectors (B, T, d_model), keys and values with
-    T more slots. Only the outputs can be differentiated.
+    T more slots. Only the outputs have gradients; second derivatives are refused.
     """
 
     @staticmethod
@@ -288,6 +288,7 @@ class Segment(Function):
         return outputs, *read
 
     @staticmethod
+    @once_differentiable
     @outside_autocast
     def backward(ctx, g, *_):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
@@ -299,7 +300,7 @@ class Segment(Function):
             for start in reversed(range(0, T, BLOCK)):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
-        old = sums.slots[:, :-T].unflatten(0, (2, *kept.keys.shape[:2]))
+        old = sums.slots[:, : sums.slots.size(1) - T].unflatten(0, (2, *kept.keys.shape[:2]))
         g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
         g_run = sums.x.transpose(0, 1), old[0].mT, old[1], g_alpha, sums.positions
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)

@@ -139,10 +139,9 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        x = self.embedding(tokens)  # (B, T, d_model)
-        dropout = self.training and self.dropout.p > 0
-        x = self.dropout(x) if dropout else x
+        x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         vectors, keys, values = recall(self, memory, x)
+        dropout = self.training and self.dropout.p > 0
         run_steps = segment if self.by_hand and self.shared_kv and not dropout else loop
         outputs, new, keys, values = run_steps(self, x, keys, values)
         first = max(0, keys.size(-1) - self.mem_len)

@@ -283,6 +283,13 @@ def test_autocast_stays_outside():
     torch.testing.assert_close(loss, model(text, memory)[0].square().mean(), rtol=0.02, atol=0)
 
 
+def test_a_second_derivative_is_refused():
+    leaves = arguments()
+    (grad,) = torch.autograd.grad(Segment.apply(*leaves)[0].square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_two_forwards_before_a_backward_in_any_order():
     model = make()
     texts = tokens(2, 18), tokens(2, 7, seed=2)
