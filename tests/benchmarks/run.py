@@ -8,6 +8,7 @@ reach            figures, such as "labml / ours >= 2.2", "minutes <= 8" or, only
                  taken within a round, then the median over the rounds
 rounds           how many rounds (default 5)
 public           True: the row runs on the public packages of requirements.txt, installed in a virtual environment of their own
+environment      {variable: value} for the row's process, where something must be set before Python starts
 
 Each row runs in a process of its own. One that lacks something outside the repository (a package, a text) raises FileNotFoundError
 and is reported as unavailable.
@@ -103,6 +104,7 @@ def run(row, rounds, threads):
         return {"unavailable": str(error)}
     command = [python, __file__, "--rows", row["name"], "--rounds", str(rounds), "--threads", str(threads), "--here"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment |= row.get("environment", {})
     done = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout) if done.stdout else {"crashed": f"exit status {done.returncode}"}
 
