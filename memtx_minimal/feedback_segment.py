@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import Function, once_differentiable
+from torch.nn.functional import pad
 
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
@@ -69,29 +70,28 @@ class Kept(NamedTuple):
         return keys + positions[:, positions.size(1) - K :], values
 
     def results(self):
-        """Outputs and memory vectors (B, T, d_model), keys and values of all S slots."""
-        outputs, vectors = self.states[-1], self.vectors
-        return outputs.transpose(0, 1), vectors.transpose(0, 1), self.keys, self.values
+        """Outputs and memory vectors, (B, T, d_model) each."""
+        return self.states[-1].transpose(0, 1), self.vectors.transpose(0, 1)
 
 
 @outside_autocast
 def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
-    """The steps forwards, from the keys and values of M old memory vectors.
+    """The steps forwards, in S slots: M old memory vectors are there, T are filled in.
 
-    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head), alpha (L + 1),
+    x (B, T, d_model), keys (B, H, d_head, S), values (B, H, S, d_head), alpha (L + 1),
     positions (d_head, mem_len); gain, shift and W_kv, from vectors to keys and values; ten
     weights for each layer -> Kept.
     """
-    (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
+    (B, T, d_model), (_, H, d_head, S) = x.shape, keys.shape
     layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
-    L, d_ff, scale = len(layers), len(layers[0][7]), d_head**-0.5
+    L, M, d_ff, scale = len(layers), S - T, len(layers[0][7]), d_head**-0.5
     kept = Kept(
         x.new_empty(L + 1, T, B, d_model),
         *x.new_empty(3, L, T, B, d_model).unbind(),
         x.new_empty(L, T, B, d_ff),
         x.new_empty(T, B, d_model),
-        torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
-        torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
+        keys,
+        values,
         [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
@@ -273,24 +273,27 @@ def layer_errors(layer, sums):
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
-    Takes what run takes -> outputs and memory vectors (B, T, d_model), keys and values with
-    T more slots. Only the outputs have gradients; second derivatives are refused.
+    Takes what run takes, with keys and values of the M old slots alone -> outputs and
+    memory vectors, (B, T, d_model) each. Only the outputs have gradients; second
+    derivatives are refused.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in arguments[8:])
-        kept = run(*arguments[:8], *in_reading_order)  # T times: worth the copies
-        ctx.save_for_backward(*arguments[3:], *kept[:8], *kept.attention)
-        ctx.n_weights = len(arguments) - 8
-        outputs, *read = kept.results()
-        ctx.mark_non_differentiable(*read)
-        return outputs, *read
+    def forward(ctx, x, keys, values, *weights):
+        T, keys, values = x.size(1), keys.type_as(x), values.type_as(x)
+        slots = pad(keys, (0, T)), pad(values, (0, 0, 0, T))  # T more
+        in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in weights[5:])
+        kept = run(x, *slots, *weights[:5], *in_reading_order)  # T times: worth the copies
+        ctx.save_for_backward(*weights, *kept[:8], *kept.attention)
+        ctx.n_weights = len(weights) - 5
+        outputs, vectors = kept.results()
+        ctx.mark_non_differentiable(vectors)
+        return outputs, vectors
 
     @staticmethod
     @once_differentiable
     @outside_autocast
-    def backward(ctx, g, *_):
+    def backward(ctx, g, _):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
         kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
@@ -301,7 +304,7 @@ class Segment(Function):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
         old = sums.slots[:, : sums.slots.size(1) - T].unflatten(0, (2, *kept.keys.shape[:2]))
-        g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
+        g_alpha = kept.states.flatten(1) @ sums.vectors.flatten()
         g_run = sums.x.transpose(0, 1), old[0].mT, old[1], g_alpha, sums.positions
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
         g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)

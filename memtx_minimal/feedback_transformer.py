@@ -9,8 +9,11 @@ Letters in the shape comments: B batch, T tokens in the segment, M vectors in me
 K vectors that a step sees, at most mem_len, L layers, H heads, d_model = H * d_head.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from memtx_minimal.feedback_segment import Segment, run
 
@@ -98,18 +101,71 @@ def loop(model, x, keys, values):
     return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
 
 
+ROOM = 64  # slots that a cache keeps free for what comes next
+
+
+class Cache(NamedTuple):
+    """Memory without gradients: keys and values in slots, the first `end` of them this text's.
+
+    Behind them is room. The first to go on with the text writes there; anybody else who
+    goes on from the same place gets a copy. So what a cache holds never changes.
+    """
+
+    keys: torch.Tensor  # (n_kv, B, H, d_head, slots)
+    values: torch.Tensor  # (n_kv, B, H, slots, d_head)
+    end: int
+    taken: list  # how many slots are taken: one number for all the caches that share them
+
+    def latest(self, n):
+        """Keys and values of the latest n slots, or of all."""
+        first = max(0, self.end - n)
+        return self.keys[..., first : self.end], self.values[..., first : self.end, :]
+
+    def with_more(self, T, mem_len):
+        """A cache with T more slots, to be filled in: these slots, if there is room."""
+        end = self.end + T
+        if self.taken[0] == self.end and end <= self.keys.size(-1):
+            self.taken[0] = end
+            return self._replace(end=end)
+        keys, values = self.latest(mem_len)
+        M, room = keys.size(-1), max(T, ROOM) if self.end else T
+        return Cache(pad(keys, (0, room)), pad(values, (0, 0, 0, room)), M + T, [M + T])
+
+
 def recall(model, memory, x):
-    """The caller's memory -> its vectors (None if it has none), its keys and values."""
-    ages, cached = model.memory.positions.size(1), isinstance(memory, tuple)
+    """The caller's memory -> with gradients vectors (B, M, d_model), without a Cache."""
+    ages, trains = model.memory.positions.size(1), torch.is_grad_enabled()
     if not 1 <= model.mem_len <= ages:
         raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
-    if cached and torch.is_grad_enabled():
+    if trains and isinstance(memory, Cache):
         raise ValueError("a memory made under no_grad does not train: start with None")
     memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
-    streams = memory[0].size(1) if cached else len(memory)
+    streams = memory.keys.size(1) if isinstance(memory, Cache) else len(memory)
     if streams != len(x):
         raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
-    return (None, *memory) if cached else (memory, *model.memory.keys_values(memory))
+    if trains or isinstance(memory, Cache):
+        return memory
+    M, (keys, values) = memory.size(1), model.memory.keys_values(memory)
+    return Cache(keys.type_as(x), values.type_as(x), M, [M])
+
+
+def learn(model, x, vectors, by_hand):
+    """x (B, T, d_model) -> outputs, memory. Old vectors get keys and values anew."""
+    run_steps = segment if by_hand else loop
+    outputs, new, *_ = run_steps(model, x, *model.memory.keys_values(vectors))
+    memory = torch.cat([vectors, new], dim=1)[:, -model.mem_len :]
+    return outputs, memory.detach().clone()
+
+
+def read(model, x, cache, by_hand):
+    """x (B, T, d_model) -> outputs, memory. Nothing is computed twice."""
+    if by_hand:
+        cache = cache.with_more(x.size(1), model.mem_len)
+        keys, values = cache.latest(cache.end)
+        return run(x, keys[0], values[0], *weights(model)).results()[0], cache
+    outputs, _, keys, values = loop(model, x, *cache.latest(model.mem_len))
+    M = min(keys.size(-1), model.mem_len)
+    return outputs, Cache(keys[..., -M:].contiguous(), values[..., -M:, :].contiguous(), M, [M])
 
 
 class FeedbackTransformer(nn.Module):
@@ -117,7 +173,7 @@ class FeedbackTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. Pass None at the start
     of a stream. With gradients memory is the latest mem_len vectors, (B, M, d_model),
-    detached; without, it is a tuple, their keys and values. mem_len may be lowered at any
+    detached; without, it is a Cache of their keys and values. mem_len may be lowered at any
     time. shared_kv: one projection to keys and values for all layers, or one for each.
     by_hand: the backward pass of feedback_segment.py, where it applies (shared_kv, no
     dropout at work), or always autograd's.
@@ -140,36 +196,34 @@ class FeedbackTransformer(nn.Module):
 
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        vectors, keys, values = recall(self, memory, x)
+        memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
-        run_steps = segment if self.by_hand and self.shared_kv and not dropout else loop
-        outputs, new, keys, values = run_steps(self, x, keys, values)
-        first = max(0, keys.size(-1) - self.mem_len)
-        if torch.is_grad_enabled():
-            memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
-        else:
-            memory = keys[..., first:].contiguous(), values[..., first:, :].contiguous()
+        by_hand = self.by_hand and self.shared_kv and not dropout
+        run_steps = learn if torch.is_grad_enabled() else read
+        outputs, memory = run_steps(self, x, memory, by_hand)
         return self.head(self.norm(outputs)), memory
+
+
+def weights(model):
+    """The tensors that a segment is computed with, as a flat list: ten at the end a layer."""
+    memory = model.memory
+    flat = [
+        memory.layer_weights.softmax(dim=0),
+        memory.positions[:, memory.positions.size(1) - model.mem_len :],
+        memory.norm.weight, memory.norm.bias, memory.key_value.weight,
+    ]  # fmt: skip
+    for layer in model.layers:
+        norm, feed_forward_norm = layer.norm_attention, layer.norm_feed_forward
+        inner, _, outer = layer.feed_forward
+        flat += [norm.weight, norm.bias, layer.query.weight, layer.out.weight]
+        flat += [feed_forward_norm.weight, feed_forward_norm.bias]
+        flat += [inner.weight, inner.bias, outer.weight, outer.bias]
+    return flat
 
 
 def segment(model, x, keys, values):
     """What loop does, as one operation whose backward pass is written by hand."""
-    memory, weights = model.memory, []
-    for layer in model.layers:
-        norm, feed_forward_norm = layer.norm_attention, layer.norm_feed_forward
-        inner, _, outer = layer.feed_forward
-        weights += [norm.weight, norm.bias, layer.query.weight, layer.out.weight]
-        weights += [feed_forward_norm.weight, feed_forward_norm.bias]
-        weights += [inner.weight, inner.bias, outer.weight, outer.bias]
-    arguments = [
-        x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
-        memory.positions[:, memory.positions.size(1) - model.mem_len :],
-        memory.norm.weight, memory.norm.bias, memory.key_value.weight, *weights,
-    ]  # fmt: skip
-    trains = torch.is_grad_enabled()
-    results = Segment.apply(*arguments) if trains else run(*arguments).results()
-    outputs, vectors, keys, values = results
-    return outputs, vectors, keys[None], values[None]
+    return Segment.apply(x, keys[0], values[0], *weights(model))
 
 
 @torch.no_grad()

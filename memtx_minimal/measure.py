@@ -14,13 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 
 def nbytes(tensors):
-    """Bytes of storage that a tensor, or a list, tuple or dict of them (such as a memory), keeps alive."""
+    """Bytes of storage that a tensor, or a list, tuple or dict of them (such as a memory), keeps alive.
+
+    Numbers among them count nothing.
+    """
     storages = {}
 
     def visit(item):
         if isinstance(item, torch.Tensor):
             storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif item is not None:
+        elif not isinstance(item, (int, float, type(None))):
             for part in item.values() if isinstance(item, dict) else item:
                 visit(part)
 

@@ -2,14 +2,17 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from memtx_minimal.feedback_segment import BLOCK, Segment
-from memtx_minimal.feedback_transformer import FeedbackTransformer, start_from_parallel
+from memtx_minimal.feedback_transformer import ROOM, FeedbackTransformer, start_from_parallel
 from memtx_minimal.measure import nbytes, record_attention
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 from test_models import SMALL, read, tokens
@@ -178,8 +181,80 @@ def test_memory_grows_to_mem_len_and_stays_there(mem_len, shared_kv):
             _, cache = model(tokens(2, 4), cache)
         M = min(mem_len, seen)
         assert vectors.shape == (2, M, 16) and nbytes(vectors) == 2 * M * 16 * 8  # no view of more
-        assert [c.shape for c in cache] == [(n_kv, 2, 2, 8, M), (n_kv, 2, 2, M, 8)]
-        assert nbytes(cache) == n_kv * 2 * 2 * M * 16 * 8
+        keys, values = cache.latest(mem_len)
+        assert keys.shape == (n_kv, 2, 2, 8, M) and values.shape == (n_kv, 2, 2, M, 8)
+        assert nbytes(cache) <= n_kv * 2 * 2 * (max(M, 4) + ROOM * (seen > 4)) * 16 * 8  # a first text just fits
+
+
+@torch.no_grad()
+@given(pieces=st.lists(st.integers(1, 70), min_size=2, max_size=6), mem_len=st.integers(1, 9))
+@example(pieces=[3, 1, 1, 1, 1], mem_len=6)
+@settings(max_examples=15, deadline=None)
+def test_what_a_cache_holds_never_changes(pieces, mem_len):
+    """Every memory on the way may be gone on from again, and again, by any text."""
+    model, memories, logits = make(mem_len=mem_len), [None], []
+    for n, T in enumerate(pieces):
+        out, memory = model(tokens(2, T, seed=n), memories[-1])
+        memories.append(memory)
+        logits.append(out)
+    held = [[part.clone() for part in memory.latest(mem_len)] for memory in memories[1:]]
+    for memory in memories:
+        model(tokens(2, 2, seed=99), memory)  # another text goes on from here, and writes
+    for memory, parts in zip(memories[1:], held):
+        assert all(torch.equal(a, b) for a, b in zip(memory.latest(mem_len), parts))
+    for n, (memory, T) in enumerate(zip(memories, pieces)):
+        torch.testing.assert_close(model(tokens(2, T, seed=n), memory)[0], logits[n])
+
+
+@torch.no_grad()
+def test_generation_writes_in_place():
+    """Token by token the cache moves once in ROOM tokens, and its size has a bound."""
+    model, memory, places = make(), None, []
+    for n in range(5 * ROOM):
+        _, memory = model(tokens(2, 1, seed=n), memory)
+        places.append(memory.keys.data_ptr())
+        assert memory.keys.size(-1) <= model.mem_len + ROOM
+    assert sum(a != b for a, b in zip(places, places[1:])) <= 6
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that move or compute numbers, and the numbers that they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.returned = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.count[func] += 1
+            self.returned[func] += sum(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        return result
+
+
+@torch.no_grad()
+def test_a_token_costs_the_same_at_any_depth():
+    """Every token takes the same operations. What they return grows in attention alone, until memory is full."""
+    model, cost = make(mem_len=200), {}
+    for depth in (10, 150, 400, 4000):
+        _, memory = model(tokens(1, depth))
+        _, memory = model(tokens(1, 1), memory)  # moves to slots with room
+        with Operations() as cost[depth]:
+            model(tokens(1, 1), memory)
+    short, long = cost[10], cost[150]
+    assert all(short.count == other.count for other in cost.values())
+    grown = {op.overloadpacket.__name__ for op in short.returned if short.returned[op] != long.returned[op]}
+    assert grown == {"new_empty", "add", "bmm", "softmax"}  # a place for the weights; keys by age, scores, weights
+    assert cost[400].returned == cost[4000].returned
+
+
+@torch.inference_mode()
+def test_a_cache_of_inference_mode_goes_on_under_no_grad():
+    model, text = make(), tokens(2, 9)
+    _, memory = model(text[:, :4])
+    expected, _ = model(text[:, 4:], memory)
+    with torch.inference_mode(False), torch.no_grad():
+        torch.testing.assert_close(model(text[:, 4:], memory)[0], expected)
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
@@ -208,7 +283,6 @@ def test_mem_len_may_be_lowered():
     state["memory.positions"] = state["memory.positions"][:, -3:]
     small.load_state_dict(state)
     torch.testing.assert_close(read(model, text, 5)[0], read(small, text, 5)[0])
-    assert read(model, text, 5)[1][0].size(-1) == 3
 
 
 # ------------------------------------------------------------------ three ways, one gradient
@@ -281,6 +355,11 @@ def test_autocast_stays_outside():
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     torch.testing.assert_close(loss, model(text, memory)[0].square().mean(), rtol=0.02, atol=0)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(text, memory)[1]
+        logits = model(text, cache)[0]
+    assert cache.keys.dtype == torch.float32 and logits.isfinite().all()
 
 
 def test_a_second_derivative_is_refused():

@@ -15,6 +15,7 @@ FLOAT = 4  # bytes
 def test_nbytes_counts_each_storage_once_and_all_of_it():
     a, b = torch.zeros(10), torch.zeros(100)
     assert measure.nbytes(None) == 0
+    assert measure.nbytes((a, 7, [3])) == measure.nbytes(a)
     assert measure.nbytes([a, {"x": (b, a)}]) == 110 * FLOAT
     assert measure.nbytes(b[:3]) == 100 * FLOAT  # a view keeps the whole storage alive
 
