@@ -133,7 +133,7 @@ class Cache(NamedTuple):
 
 
 def recall(model, memory, x):
-    """The caller's memory -> with gradients vectors (B, M, d_model), without a Cache."""
+    """The caller's memory, checked -> vectors (B, M, d_model) with gradients, else a Cache."""
     ages, trains = model.memory.positions.size(1), torch.is_grad_enabled()
     if not 1 <= model.mem_len <= ages:
         raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
@@ -149,7 +149,7 @@ def recall(model, memory, x):
     return Cache(keys.type_as(x), values.type_as(x), M, [M])
 
 
-def learn(model, x, vectors, by_hand):
+def from_vectors(model, x, vectors, by_hand):
     """x (B, T, d_model) -> outputs, memory. Old vectors get keys and values anew."""
     run_steps = segment if by_hand else loop
     outputs, new, *_ = run_steps(model, x, *model.memory.keys_values(vectors))
@@ -157,12 +157,12 @@ def learn(model, x, vectors, by_hand):
     return outputs, memory.detach().clone()
 
 
-def read(model, x, cache, by_hand):
+def from_cache(model, x, cache, by_hand):
     """x (B, T, d_model) -> outputs, memory. Nothing is computed twice."""
     if by_hand:
         cache = cache.with_more(x.size(1), model.mem_len)
         keys, values = cache.latest(cache.end)
-        return run(x, keys[0], values[0], *weights(model)).results()[0], cache
+        return run(x, keys[0], values[0], *weights_of(model)).results()[0], cache
     outputs, _, keys, values = loop(model, x, *cache.latest(model.mem_len))
     M = min(keys.size(-1), model.mem_len)
     return outputs, Cache(keys[..., -M:].contiguous(), values[..., -M:, :].contiguous(), M, [M])
@@ -199,12 +199,12 @@ class FeedbackTransformer(nn.Module):
         memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
         by_hand = self.by_hand and self.shared_kv and not dropout
-        run_steps = learn if torch.is_grad_enabled() else read
+        run_steps = from_vectors if torch.is_grad_enabled() else from_cache
         outputs, memory = run_steps(self, x, memory, by_hand)
         return self.head(self.norm(outputs)), memory
 
 
-def weights(model):
+def weights_of(model):
     """The tensors that a segment is computed with, as a flat list: ten at the end a layer."""
     memory = model.memory
     flat = [
@@ -223,7 +223,7 @@ def weights(model):
 
 def segment(model, x, keys, values):
     """What loop does, as one operation whose backward pass is written by hand."""
-    return Segment.apply(x, keys[0], values[0], *weights(model))
+    return Segment.apply(x, keys[0], values[0], *weights_of(model))
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import Function, once_differentiable
+from torch.nn.functional import pad
 
 from memtx_minimal import corpora, figures, measure, tasks, training
 from memtx_minimal.transformer_xl import TransformerXL
@@ -354,26 +355,99 @@ def loop(model, x, keys, values):
 # %% [markdown]
 # What is the memory between two calls? While you train, it is the **vectors** $m$. Their keys and
 # values are computed again at the start of the next segment: no gradient flows into the old
-# vectors, but the projections still learn from them. Without gradients, it is the **keys and
-# values themselves**, and nothing is ever computed twice. `recall` takes either.
+# vectors, but the projections still learn from them.
+#
+# Without gradients, it is the **keys and values themselves**, and nothing is ever computed twice.
+# Nor should anything be copied twice: a cache that is joined anew for each token moves its whole
+# past each time. So it has room at its end, and the next token writes its key and value there.
+# But a memory is a value in the hands of the caller, who may go on from it twice, to compare two
+# continuations of a text. The second would write over the first. One number, known to all who
+# share the slots, prevents it: the first to go on takes the room, and the second gets a copy.
+
+# %%
+ROOM = 64  # slots that a cache keeps free for what comes next
+
+# %% tags=["from-module"]
+class Cache(NamedTuple):
+    """Memory without gradients: keys and values in slots, the first `end` of them this text's.
+
+    Behind them is room. The first to go on with the text writes there; anybody else who
+    goes on from the same place gets a copy. So what a cache holds never changes.
+    """
+
+    keys: torch.Tensor  # (n_kv, B, H, d_head, slots)
+    values: torch.Tensor  # (n_kv, B, H, slots, d_head)
+    end: int
+    taken: list  # how many slots are taken: one number for all the caches that share them
+
+    def latest(self, n):
+        """Keys and values of the latest n slots, or of all."""
+        first = max(0, self.end - n)
+        return self.keys[..., first : self.end], self.values[..., first : self.end, :]
+
+    def with_more(self, T, mem_len):
+        """A cache with T more slots, to be filled in: these slots, if there is room."""
+        end = self.end + T
+        if self.taken[0] == self.end and end <= self.keys.size(-1):
+            self.taken[0] = end
+            return self._replace(end=end)
+        keys, values = self.latest(mem_len)
+        M, room = keys.size(-1), max(T, ROOM) if self.end else T
+        return Cache(pad(keys, (0, room)), pad(values, (0, 0, 0, room)), M + T, [M + T])
+
+# %%
+cache = Cache(torch.zeros(1, 1, 1, 2, 3), torch.zeros(1, 1, 1, 3, 2), end=3, taken=[3])  # three slots, all in use
+first = cache.with_more(T=1, mem_len=6)  # no room: copied, and given some
+second = first.with_more(T=1, mem_len=6)  # in place
+other = first.with_more(T=1, mem_len=6)  # the slot behind `first` is taken: copied
+for name, c in [("cache", cache), ("first", first), ("second", second), ("other", other)]:
+    print(f"{name:6} {c.end} slots of {c.keys.size(-1)}, taken by all: {c.taken[0]}")
+assert second.keys.data_ptr() == first.keys.data_ptr() != other.keys.data_ptr()
+
+# %% [markdown]
+# `recall` takes what the caller hands in, and refuses what does not fit. Two short functions then
+# run the steps, one for each kind of memory. (`by_hand`, `segment` and `run` are a faster way
+# through the steps, the subject of section 3.3. Until then there is `loop`.)
 
 # %% tags=["from-module"]
 def recall(model, memory, x):
-    """The caller's memory -> its vectors (None if it has none), its keys and values."""
-    ages, cached = model.memory.positions.size(1), isinstance(memory, tuple)
+    """The caller's memory, checked -> vectors (B, M, d_model) with gradients, else a Cache."""
+    ages, trains = model.memory.positions.size(1), torch.is_grad_enabled()
     if not 1 <= model.mem_len <= ages:
         raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
-    if cached and torch.is_grad_enabled():
+    if trains and isinstance(memory, Cache):
         raise ValueError("a memory made under no_grad does not train: start with None")
     memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
-    streams = memory[0].size(1) if cached else len(memory)
+    streams = memory.keys.size(1) if isinstance(memory, Cache) else len(memory)
     if streams != len(x):
         raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
-    return (None, *memory) if cached else (memory, *model.memory.keys_values(memory))
+    if trains or isinstance(memory, Cache):
+        return memory
+    M, (keys, values) = memory.size(1), model.memory.keys_values(memory)
+    return Cache(keys.type_as(x), values.type_as(x), M, [M])
+
+# %% tags=["from-module"]
+def from_vectors(model, x, vectors, by_hand):
+    """x (B, T, d_model) -> outputs, memory. Old vectors get keys and values anew."""
+    run_steps = segment if by_hand else loop
+    outputs, new, *_ = run_steps(model, x, *model.memory.keys_values(vectors))
+    memory = torch.cat([vectors, new], dim=1)[:, -model.mem_len :]
+    return outputs, memory.detach().clone()
+
+# %% tags=["from-module"]
+def from_cache(model, x, cache, by_hand):
+    """x (B, T, d_model) -> outputs, memory. Nothing is computed twice."""
+    if by_hand:
+        cache = cache.with_more(x.size(1), model.mem_len)
+        keys, values = cache.latest(cache.end)
+        return run(x, keys[0], values[0], *weights_of(model)).results()[0], cache
+    outputs, _, keys, values = loop(model, x, *cache.latest(model.mem_len))
+    M = min(keys.size(-1), model.mem_len)
+    return outputs, Cache(keys[..., -M:].contiguous(), values[..., -M:, :].contiguous(), M, [M])
 
 # %% [markdown]
 # The model holds it together, and keeps the protocol of this course: memory goes in and comes
-# out, detached, never longer than `mem_len`. Do not mind `by_hand` yet.
+# out, detached, and no step sees more than `mem_len` of it.
 
 # %% tags=["from-module"]
 class FeedbackTransformer(nn.Module):
@@ -381,7 +455,7 @@ class FeedbackTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory. Pass None at the start
     of a stream. With gradients memory is the latest mem_len vectors, (B, M, d_model),
-    detached; without, it is a tuple, their keys and values. mem_len may be lowered at any
+    detached; without, it is a Cache of their keys and values. mem_len may be lowered at any
     time. shared_kv: one projection to keys and values for all layers, or one for each.
     by_hand: the backward pass of feedback_segment.py, where it applies (shared_kv, no
     dropout at work), or always autograd's.
@@ -404,15 +478,11 @@ class FeedbackTransformer(nn.Module):
 
     def forward(self, tokens, memory=None):
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        vectors, keys, values = recall(self, memory, x)
+        memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
-        run_steps = segment if self.by_hand and self.shared_kv and not dropout else loop
-        outputs, new, keys, values = run_steps(self, x, keys, values)
-        first = max(0, keys.size(-1) - self.mem_len)
-        if torch.is_grad_enabled():
-            memory = torch.cat([vectors, new], dim=1)[:, first:].detach().clone()
-        else:
-            memory = keys[..., first:].contiguous(), values[..., first:, :].contiguous()
+        by_hand = self.by_hand and self.shared_kv and not dropout
+        run_steps = from_vectors if torch.is_grad_enabled() else from_cache
+        outputs, memory = run_steps(self, x, memory, by_hand)
         return self.head(self.norm(outputs)), memory
 
 # %%
@@ -424,8 +494,8 @@ for segment_ in text.split(4, dim=1):
     logits, memory = tiny(segment_, memory)
     print("training:   logits", tuple(logits.shape), " memory", tuple(memory.shape))
 with torch.no_grad():
-    logits, (keys, values) = tiny(text)
-print("generating: logits", tuple(logits.shape), " keys", tuple(keys.shape), " values", tuple(values.shape))
+    logits, memory = tiny(text)
+print("generating: logits", tuple(logits.shape), " keys", tuple(memory.keys.shape), " values", tuple(memory.values.shape))
 
 # %% [markdown]
 # Every step sees the latest `mem_len` vectors, and it does not matter where the text was cut:
@@ -524,27 +594,30 @@ def plain_loop(model, tokens):
 # times (query).
 #
 # So the whole segment becomes one operation for autograd, a `torch.autograd.Function`, with its
-# own backward pass. Without gradients, there is only the way forwards, `run`.
+# own backward pass. Without gradients, there is only the way forwards, `run`. An operation for
+# autograd takes tensors, not modules, so the weights come as one flat list.
+
+# %% tags=["from-module"]
+def weights_of(model):
+    """The tensors that a segment is computed with, as a flat list: ten at the end a layer."""
+    memory = model.memory
+    flat = [
+        memory.layer_weights.softmax(dim=0),
+        memory.positions[:, memory.positions.size(1) - model.mem_len :],
+        memory.norm.weight, memory.norm.bias, memory.key_value.weight,
+    ]  # fmt: skip
+    for layer in model.layers:
+        norm, feed_forward_norm = layer.norm_attention, layer.norm_feed_forward
+        inner, _, outer = layer.feed_forward
+        flat += [norm.weight, norm.bias, layer.query.weight, layer.out.weight]
+        flat += [feed_forward_norm.weight, feed_forward_norm.bias]
+        flat += [inner.weight, inner.bias, outer.weight, outer.bias]
+    return flat
 
 # %% tags=["from-module"]
 def segment(model, x, keys, values):
     """What loop does, as one operation whose backward pass is written by hand."""
-    memory, weights = model.memory, []
-    for layer in model.layers:
-        norm, feed_forward_norm = layer.norm_attention, layer.norm_feed_forward
-        inner, _, outer = layer.feed_forward
-        weights += [norm.weight, norm.bias, layer.query.weight, layer.out.weight]
-        weights += [feed_forward_norm.weight, feed_forward_norm.bias]
-        weights += [inner.weight, inner.bias, outer.weight, outer.bias]
-    arguments = [
-        x, keys[0], values[0], memory.layer_weights.softmax(dim=0),
-        memory.positions[:, memory.positions.size(1) - model.mem_len :],
-        memory.norm.weight, memory.norm.bias, memory.key_value.weight, *weights,
-    ]  # fmt: skip
-    trains = torch.is_grad_enabled()
-    results = Segment.apply(*arguments) if trains else run(*arguments).results()
-    outputs, vectors, keys, values = results
-    return outputs, vectors, keys[None], values[None]
+    return Segment.apply(x, keys[0], values[0], *weights_of(model))
 
 # %% [markdown]
 # The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every
@@ -573,9 +646,8 @@ def normalise_back(g, x, mean, rstd, gain):
     return norm_back(g, x, gain.shape, mean, rstd, gain, None, only_x)[0]
 
 # %% [markdown]
-# An operation for autograd takes tensors, not modules, so the weights come as one flat list, ten
-# for each layer, as `segment` lists them. And where training runs in mixed precision, both passes
-# have to compute in the same one.
+# `by_layer` parts the flat list of weights into layers again. And where training runs in mixed
+# precision, both passes have to compute in the same one.
 
 # %% tags=["from-module"]
 def by_layer(weights):
@@ -620,9 +692,8 @@ class Kept(NamedTuple):
         return keys + positions[:, positions.size(1) - K :], values
 
     def results(self):
-        """Outputs and memory vectors (B, T, d_model), keys and values of all S slots."""
-        outputs, vectors = self.states[-1], self.vectors
-        return outputs.transpose(0, 1), vectors.transpose(0, 1), self.keys, self.values
+        """Outputs and memory vectors, (B, T, d_model) each."""
+        return self.states[-1].transpose(0, 1), self.vectors.transpose(0, 1)
 
 # %% [markdown]
 # The steps forwards are the loop that you know, written without modules, into tensors that are
@@ -632,22 +703,22 @@ class Kept(NamedTuple):
 # %% tags=["from-module"]
 @outside_autocast
 def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
-    """The steps forwards, from the keys and values of M old memory vectors.
+    """The steps forwards, in S slots: M old memory vectors are there, T are filled in.
 
-    x (B, T, d_model), keys (B, H, d_head, M), values (B, H, M, d_head), alpha (L + 1),
+    x (B, T, d_model), keys (B, H, d_head, S), values (B, H, S, d_head), alpha (L + 1),
     positions (d_head, mem_len); gain, shift and W_kv, from vectors to keys and values; ten
     weights for each layer -> Kept.
     """
-    (B, T, d_model), (_, H, d_head, M) = x.shape, keys.shape
+    (B, T, d_model), (_, H, d_head, S) = x.shape, keys.shape
     layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
-    L, d_ff, scale = len(layers), len(layers[0][7]), d_head**-0.5
+    L, M, d_ff, scale = len(layers), S - T, len(layers[0][7]), d_head**-0.5
     kept = Kept(
         x.new_empty(L + 1, T, B, d_model),
         *x.new_empty(3, L, T, B, d_model).unbind(),
         x.new_empty(L, T, B, d_ff),
         x.new_empty(T, B, d_model),
-        torch.cat([keys, x.new_empty(B, H, d_head, T)], dim=3),
-        torch.cat([values, x.new_empty(B, H, T, d_head)], dim=2),
+        keys,
+        values,
         [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
@@ -856,24 +927,27 @@ def layer_errors(layer, sums):
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
-    Takes what run takes -> outputs and memory vectors (B, T, d_model), keys and values with
-    T more slots. Only the outputs have gradients; second derivatives are refused.
+    Takes what run takes, with keys and values of the M old slots alone -> outputs and
+    memory vectors, (B, T, d_model) each. Only the outputs have gradients; second
+    derivatives are refused.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):
-        in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in arguments[8:])
-        kept = run(*arguments[:8], *in_reading_order)  # T times: worth the copies
-        ctx.save_for_backward(*arguments[3:], *kept[:8], *kept.attention)
-        ctx.n_weights = len(arguments) - 8
-        outputs, *read = kept.results()
-        ctx.mark_non_differentiable(*read)
-        return outputs, *read
+    def forward(ctx, x, keys, values, *weights):
+        T, keys, values = x.size(1), keys.type_as(x), values.type_as(x)
+        slots = pad(keys, (0, T)), pad(values, (0, 0, 0, T))  # T more
+        in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in weights[5:])
+        kept = run(x, *slots, *weights[:5], *in_reading_order)  # T times: worth the copies
+        ctx.save_for_backward(*weights, *kept[:8], *kept.attention)
+        ctx.n_weights = len(weights) - 5
+        outputs, vectors = kept.results()
+        ctx.mark_non_differentiable(vectors)
+        return outputs, vectors
 
     @staticmethod
     @once_differentiable
     @outside_autocast
-    def backward(ctx, g, *_):
+    def backward(ctx, g, _):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
         kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
@@ -884,7 +958,7 @@ class Segment(Function):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
         old = sums.slots[:, : sums.slots.size(1) - T].unflatten(0, (2, *kept.keys.shape[:2]))
-        g_alpha = torch.einsum("ltbd,tbd->l", kept.states, sums.vectors)
+        g_alpha = kept.states.flatten(1) @ sums.vectors.flatten()
         g_run = sums.x.transpose(0, 1), old[0].mT, old[1], g_alpha, sums.positions
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
         g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)
@@ -1352,8 +1426,9 @@ assert copied < fresh - 0.5
 # ### Seconds per token
 #
 # To generate, the model reads one token a call. With the cache, one more token is one more step,
-# however long the text already is; attention itself grows with the memory, and slowly. Without
-# returned memory, as in some public versions, every token means reading the whole prefix again.
+# the same operations however long the text already is. Attention alone has more to read, until
+# the memory is full (512 here). Without returned memory, as in some public versions, every token
+# means reading the whole prefix again.
 
 # %%
 @torch.inference_mode()
@@ -1361,13 +1436,18 @@ def milliseconds_per_token(model, depth):
     """Time of one step after a text of `depth` tokens: with the cache, and reading all again."""
     text = corpus.valid[None, : depth + 1].to(device)
     _, memory = model(text[:, :-1])
-    with_cache = measure.seconds(lambda: model(text[:, -1:], memory), warmup=2, rounds=15, device=device)
+
+    def one_more():
+        nonlocal memory
+        _, memory = model(text[:, -1:], memory)
+
+    with_cache = measure.seconds(one_more, warmup=5, rounds=41, device=device)
     again = measure.seconds(lambda: model(text), warmup=1, rounds=1, device=device)
     return 1e3 * with_cache, 1e3 * again
 
 
 writer = FeedbackTransformer(**SIZES | dict(mem_len=512), n_layers=4).to(device).eval()
-depths_read = [32, 64, 128, 256, 512]
+depths_read = [32, 64, 128, 256, 512, 1024, 2048]
 with_cache, again = zip(*(milliseconds_per_token(writer, n) for n in depths_read))
 
 # %%
@@ -1382,19 +1462,19 @@ axes.minorticks_off()
 figures.show(
     figure,
     "Milliseconds for one more token against the number of tokens before, on logarithmic axes. Reading "
-    "everything again rises in proportion; with the cache the curve is nearly flat.",
+    "everything again rises in proportion; with the cache the curve is flat.",
 )
 for n, a, b in zip(depths_read, with_cache, again):
-    print(f"after {n:3d} tokens: {a:5.2f} ms with the cache, {b:7.1f} ms without")
-assert again[-1] > 10 * with_cache[-1] and with_cache[-1] < 4 * with_cache[0]
+    print(f"after {n:4d} tokens: {a:5.2f} ms with the cache, {b:7.1f} ms without")
+assert again[-1] > 100 * with_cache[-1] and with_cache[-1] < 2 * with_cache[0]
 
 # %% [markdown]
 # ### Bytes per token
 #
 # What must a model hold for each token of the past, to go on generating? A parallel transformer:
 # keys and values of every layer, `2 * L * d_model` numbers. Feedback with keys and values per
-# layer: as many. Shared: `2 * d_model`. For vanilla, the keys and values are caught as the model
-# makes them.
+# layer: as many. Shared: `2 * d_model`. (A cache that goes on token by token also has its room for
+# at most 64 more.) For vanilla, the keys and values are caught as the model makes them.
 
 # %%
 @torch.inference_mode()
@@ -1402,7 +1482,7 @@ def cache_bytes(model, n=32):
     """Bytes of keys and values that a model holds for each of n tokens."""
     text, caught = corpus.valid[None, :n].to(device), []
     if isinstance(model, FeedbackTransformer):
-        return measure.nbytes(model(text)[1]) / n
+        return measure.nbytes(model(text)[1]) / n  # a first text gets no room yet
     projections = [layer.attention.query_key_value for layer in model.layers]
     hooks = [p.register_forward_hook(lambda module, args, out: caught.append(out)) for p in projections]
     model(text)
