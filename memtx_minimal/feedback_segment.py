@@ -57,17 +57,15 @@ class Kept(NamedTuple):
     heads: torch.Tensor  # (L, T, B, d_model): out of attention
     hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
-    keys: torch.Tensor  # (B, H, d_head, S)
-    values: torch.Tensor  # (B, H, S, d_head)
+    kv: torch.Tensor  # (2, B, H, S, d_head): keys and values
     attention: list  # T tensors (L, N, 1, K): the weights
 
     def seen(self, t, positions):
-        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
-        end = self.keys.size(3) - len(self.vectors) + t  # M + t slots are there
-        K = min(end, positions.size(1))
-        keys = self.keys.flatten(0, 1)[..., end - K : end]
-        values = self.values.flatten(0, 1)[:, end - K : end]
-        return keys + positions[:, positions.size(1) - K :], values
+        """What step t attends to: keys with their ages, and values, (N, K, d_head) each."""
+        end = self.kv.size(3) - len(self.vectors) + t  # M + t slots are there
+        K = min(end, len(positions))
+        keys, values = self.kv.flatten(1, 2)[:, :, end - K : end].unbind()
+        return keys + positions[len(positions) - K :], values
 
     def results(self):
         """Outputs and memory vectors, (B, T, d_model) each."""
@@ -75,14 +73,14 @@ class Kept(NamedTuple):
 
 
 @outside_autocast
-def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
+def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
     """The steps forwards, in S slots: M old memory vectors are there, T are filled in.
 
-    x (B, T, d_model), keys (B, H, d_head, S), values (B, H, S, d_head), alpha (L + 1),
-    positions (d_head, mem_len); gain, shift and W_kv, from vectors to keys and values; ten
-    weights for each layer -> Kept.
+    x (B, T, d_model), keys and values kv (2, B, H, S, d_head), alpha (L + 1), positions
+    (mem_len, d_head); gain, shift and W_kv, from vectors to keys and values; ten weights
+    for each layer -> Kept.
     """
-    (B, T, d_model), (_, H, d_head, S) = x.shape, keys.shape
+    (B, T, d_model), (_, _, H, S, d_head) = x.shape, kv.shape
     layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
     L, M, d_ff, scale = len(layers), S - T, len(layers[0][7]), d_head**-0.5
     kept = Kept(
@@ -90,9 +88,8 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
         *x.new_empty(3, L, T, B, d_model).unbind(),
         x.new_empty(L, T, B, d_ff),
         x.new_empty(T, B, d_model),
-        keys,
-        values,
-        [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
+        kv,
+        [x.new_empty(L, B * H, 1, min(M + t, len(positions))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
     with torch.inference_mode():  # nothing in the loop is for autograd to see
@@ -104,7 +101,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
             for layer, middle, q, head, hidden, weights, output in rows:
                 gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
                 q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
-                scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
+                scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (N, 1, K)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
@@ -113,7 +110,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
                 x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
             torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
             new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
-            kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
+            kept.kv[..., M + t, :] = new.transpose(0, 1)
     return kept
 
 
@@ -139,7 +136,7 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     one at its output filled in. Returns lists over the layers: errors at scores (N, 1, K),
     at heads (N, 1, d_head).
     """
-    g_scores, g_heads, scale = [], [], keys.size(1) ** -0.5
+    g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
     for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
         gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layer
         hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
@@ -150,7 +147,7 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
         g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
         g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
-        g_q.view(g_head.shape).baddbmm_(g_score, keys.mT, beta=0, alpha=scale)
+        g_q.view(g_head.shape).baddbmm_(g_score, keys, beta=0, alpha=scale)
         g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
         torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
         g_scores.append(g_score)
@@ -165,13 +162,13 @@ class Sums(NamedTuple):
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
     slots: torch.Tensor  # (2 * N, S, d_head): the same by slot, old ones too
-    positions: torch.Tensor  # (d_head, mem_len)
+    positions: torch.Tensor  # (mem_len, d_head)
     layers: list  # seven, of all layers together: see add_weights
 
 
 def empty_sums(kept, positions, layers):
     """Sums to begin with."""
-    (T, B, d_model), (_, H, d_head, S) = kept.vectors.shape, kept.keys.shape
+    (T, B, d_model), (_, _, H, S, d_head) = kept.vectors.shape, kept.kv.shape
     gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
     summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # of these shapes
     return Sums(
@@ -191,7 +188,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     the queries, and the errors at the heads. So the errors at keys and values are
     left.mT @ right.
     """
-    (B, H, d_head, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    (_, B, H, S, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
     C, first, N = steps.stop - steps.start, S - len(kept.vectors) + steps.start, B * H
     states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
     x_hat, *x_stats = normalise(states[:-1])
@@ -230,14 +227,14 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
 
 def add_slots(first, left, right, C, sums):
     """A block's share in the errors at keys and values before it, and at positions."""
-    (N, rows, width), mem_len = left.shape[1:], sums.positions.size(1)
+    (N, rows, width), mem_len = left.shape[1:], len(sums.positions)
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
     sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
     L = rows // C  # a step is L rows, and the ages of the next begin a column later
     strides = rows * width, L * width + 1, width, 1
     by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
-    sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
+    sums.positions.addmm_(by_age.T, right[0].flatten(0, 1))
 
 
 def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
@@ -273,18 +270,16 @@ def layer_errors(layer, sums):
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
-    Takes what run takes, with keys and values of the M old slots alone -> outputs and
-    memory vectors, (B, T, d_model) each. Only the outputs have gradients; second
-    derivatives are refused.
+    Takes what run takes, with the M old slots alone -> outputs and memory vectors,
+    (B, T, d_model) each. Only the outputs have gradients; second derivatives are refused.
     """
 
     @staticmethod
-    def forward(ctx, x, keys, values, *weights):
-        T, keys, values = x.size(1), keys.type_as(x), values.type_as(x)
-        slots = pad(keys, (0, T)), pad(values, (0, 0, 0, T))  # T more
+    def forward(ctx, x, kv, *weights):
+        slots = pad(kv.type_as(x), (0, 0, 0, x.size(1)))  # T more
         in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in weights[5:])
-        kept = run(x, *slots, *weights[:5], *in_reading_order)  # T times: worth the copies
-        ctx.save_for_backward(*weights, *kept[:8], *kept.attention)
+        kept = run(x, slots, *weights[:5], *in_reading_order)  # T times: worth the copies
+        ctx.save_for_backward(*weights, *kept[:7], *kept.attention)
         ctx.n_weights = len(weights) - 5
         outputs, vectors = kept.results()
         ctx.mark_non_differentiable(vectors)
@@ -296,16 +291,16 @@ class Segment(Function):
     def backward(ctx, g, _):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
-        kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
+        kept, (gain, _, W_kv) = Kept(*saved[:7], saved[7:]), projection
         sums = empty_sums(kept, positions, layers)
         g, T = g.transpose(0, 1), g.size(1)  # (T, B, d_model)
         with torch.inference_mode():
             for start in reversed(range(0, T, BLOCK)):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
-        old = sums.slots[:, : sums.slots.size(1) - T].unflatten(0, (2, *kept.keys.shape[:2]))
+        old = sums.slots.view(kept.kv.shape)[..., :-T, :]
         g_alpha = kept.states.flatten(1) @ sums.vectors.flatten()
-        g_run = sums.x.transpose(0, 1), old[0].mT, old[1], g_alpha, sums.positions
+        g_run = sums.x.transpose(0, 1), old, g_alpha, sums.positions
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
         g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)
         pairs = zip(layers, zip(*sums.layers))

@@ -34,9 +34,9 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attention(self, x, keys, values):
-        """x (B, d_model), keys (B, H, d_head, K), values (B, H, K, d_head) -> like x."""
+        """x (B, d_model), keys and values (B, H, K, d_head) -> like x."""
         q = self.query(x).unflatten(-1, (self.n_heads, 1, -1))  # (B, H, 1, d_head)
-        scores = q.size(-1) ** -0.5 * q @ keys  # (B, H, 1, K)
+        scores = q.size(-1) ** -0.5 * q @ keys.mT  # (B, H, 1, K)
         weights = self.dropout(scores.softmax(dim=-1))
         return self.out((weights @ values).flatten(1))  # (B, d_model)
 
@@ -56,7 +56,7 @@ class Memory(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         n_kv = 1 if shared_kv else n_layers
         self.key_value = nn.Linear(d_model, n_kv * 2 * d_model, bias=False)
-        self.positions = nn.Parameter(torch.randn(d_model // n_heads, mem_len))
+        self.positions = nn.Parameter(torch.randn(mem_len, d_model // n_heads))
 
     def vector(self, states):
         """The mixture: L + 1 states (B, d_model), embedding first -> (B, d_model)."""
@@ -64,23 +64,21 @@ class Memory(nn.Module):
         return torch.einsum("l,lbd->bd", weights, torch.stack(states))
 
     def keys_values(self, vectors):
-        """(B, n, d_model) -> (n_kv, B, H, d_head, n) keys, (n_kv, B, H, n, d_head) values."""
+        """(B, n, d_model) -> keys, [:, 0], and values, [:, 1], of (n_kv, 2, B, H, n, d_head)."""
         kv = self.key_value(self.norm(vectors))  # (B, n, n_kv * 2 * d_model)
-        kv = kv.unflatten(-1, (-1, 2, self.n_heads, len(self.positions)))
-        keys, values = kv.permute(3, 2, 0, 4, 1, 5)  # (n_kv, B, H, n, d_head) each
-        return keys.mT, values
+        kv = kv.unflatten(-1, (-1, 2, self.n_heads, self.positions.size(1)))
+        return kv.permute(2, 3, 0, 4, 1, 5)  # (n_kv, 2, B, H, n, d_head)
 
-    def seen(self, keys, values, mem_len):
-        """The latest mem_len keys and values. Each key has the vector of its age added."""
-        n = keys.size(-1)
-        K = min(n, mem_len)
-        positions = self.positions[:, self.positions.size(1) - K :]  # ages K ... 1
-        return keys[..., n - K :] + positions, values[..., n - K :, :]
+    def seen(self, kv, mem_len):
+        """The latest mem_len keys and values, (n_kv, B, H, K, d_head); to keys, ages are added."""
+        keys, values = kv[..., -mem_len:, :].unbind(1)
+        positions = self.positions[len(self.positions) - keys.size(-2) :]  # ages K ... 1
+        return keys + positions, values
 
 
-def step(model, x, keys, values):
+def step(model, x, kv):
     """One token x (B, d_model) -> its output and its memory vector, (B, d_model) each."""
-    keys, values = model.memory.seen(keys, values, model.mem_len)
+    keys, values = model.memory.seen(kv, model.mem_len)
     states = [x]
     for n, layer in enumerate(model.layers):
         n_kv = n % len(keys)  # 0 where the layers share keys and values
@@ -88,17 +86,15 @@ def step(model, x, keys, values):
     return states[-1], model.memory.vector(states)
 
 
-def loop(model, x, keys, values):
+def loop(model, x, kv):
     """Step by step: x (B, T, d_model) -> outputs, vectors, keys and values with T more."""
     outputs, vectors = [], []
     for x_t in x.unbind(dim=1):
-        output, vector = step(model, x_t, keys, values)
-        new_keys, new_values = model.memory.keys_values(vector[:, None])
-        keys = torch.cat([keys, new_keys], dim=-1)
-        values = torch.cat([values, new_values], dim=-2)
+        output, vector = step(model, x_t, kv)
+        kv = torch.cat([kv, model.memory.keys_values(vector[:, None])], dim=-2)
         outputs.append(output)
         vectors.append(vector)
-    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
+    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), kv
 
 
 ROOM = 64  # slots that a cache keeps free for what comes next
@@ -111,48 +107,46 @@ class Cache(NamedTuple):
     goes on from the same place gets a copy. So what a cache holds never changes.
     """
 
-    keys: torch.Tensor  # (n_kv, B, H, d_head, slots)
-    values: torch.Tensor  # (n_kv, B, H, slots, d_head)
+    kv: torch.Tensor  # (n_kv, 2, B, H, slots, d_head)
     end: int
     taken: list  # how many slots are taken: one number for all the caches that share them
 
     def latest(self, n):
-        """Keys and values of the latest n slots, or of all."""
-        first = max(0, self.end - n)
-        return self.keys[..., first : self.end], self.values[..., first : self.end, :]
+        """Keys and values of the latest n slots, or of all: (n_kv, 2, B, H, n, d_head)."""
+        return self.kv[..., max(0, self.end - n) : self.end, :]
 
     def with_more(self, T, mem_len):
         """A cache with T more slots, to be filled in: these slots, if there is room."""
         end = self.end + T
-        if self.taken[0] == self.end and end <= self.keys.size(-1):
+        if self.taken[0] == self.end and end <= self.kv.size(-2):
             self.taken[0] = end
             return self._replace(end=end)
-        keys, values = self.latest(mem_len)
-        M, room = keys.size(-1), max(T, ROOM) if self.end else T
-        return Cache(pad(keys, (0, room)), pad(values, (0, 0, 0, room)), M + T, [M + T])
+        kv, room = self.latest(mem_len), max(T, ROOM) if self.end else T
+        end = kv.size(-2) + T
+        return Cache(pad(kv, (0, 0, 0, room)), end, [end])
 
 
 def recall(model, memory, x):
     """The caller's memory, checked -> vectors (B, M, d_model) with gradients, else a Cache."""
-    ages, trains = model.memory.positions.size(1), torch.is_grad_enabled()
+    ages, trains = len(model.memory.positions), torch.is_grad_enabled()
     if not 1 <= model.mem_len <= ages:
         raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
     if trains and isinstance(memory, Cache):
         raise ValueError("a memory made under no_grad does not train: start with None")
     memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
-    streams = memory.keys.size(1) if isinstance(memory, Cache) else len(memory)
+    streams = memory.kv.size(2) if isinstance(memory, Cache) else len(memory)
     if streams != len(x):
         raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
     if trains or isinstance(memory, Cache):
         return memory
-    M, (keys, values) = memory.size(1), model.memory.keys_values(memory)
-    return Cache(keys.type_as(x), values.type_as(x), M, [M])
+    M = memory.size(1)
+    return Cache(model.memory.keys_values(memory).type_as(x), M, [M])
 
 
 def from_vectors(model, x, vectors, by_hand):
     """x (B, T, d_model) -> outputs, memory. Old vectors get keys and values anew."""
     run_steps = segment if by_hand else loop
-    outputs, new, *_ = run_steps(model, x, *model.memory.keys_values(vectors))
+    outputs, new, *_ = run_steps(model, x, model.memory.keys_values(vectors))
     memory = torch.cat([vectors, new], dim=1)[:, -model.mem_len :]
     return outputs, memory.detach().clone()
 
@@ -161,11 +155,11 @@ def from_cache(model, x, cache, by_hand):
     """x (B, T, d_model) -> outputs, memory. Nothing is computed twice."""
     if by_hand:
         cache = cache.with_more(x.size(1), model.mem_len)
-        keys, values = cache.latest(cache.end)
-        return run(x, keys[0], values[0], *weights_of(model)).results()[0], cache
-    outputs, _, keys, values = loop(model, x, *cache.latest(model.mem_len))
-    M = min(keys.size(-1), model.mem_len)
-    return outputs, Cache(keys[..., -M:].contiguous(), values[..., -M:, :].contiguous(), M, [M])
+        outputs, _ = run(x, cache.latest(cache.end)[0], *weights_of(model)).results()
+        return outputs, cache
+    outputs, _, kv = loop(model, x, cache.latest(model.mem_len))
+    kv = kv[..., -model.mem_len :, :].contiguous()
+    return outputs, Cache(kv, kv.size(-2), [kv.size(-2)])
 
 
 class FeedbackTransformer(nn.Module):
@@ -209,7 +203,7 @@ def weights_of(model):
     memory = model.memory
     flat = [
         memory.layer_weights.softmax(dim=0),
-        memory.positions[:, memory.positions.size(1) - model.mem_len :],
+        memory.positions[-model.mem_len :],
         memory.norm.weight, memory.norm.bias, memory.key_value.weight,
     ]  # fmt: skip
     for layer in model.layers:
@@ -221,9 +215,9 @@ def weights_of(model):
     return flat
 
 
-def segment(model, x, keys, values):
+def segment(model, x, kv):
     """What loop does, as one operation whose backward pass is written by hand."""
-    return Segment.apply(x, keys[0], values[0], *weights_of(model))
+    return Segment.apply(x, kv[0], *weights_of(model))
 
 
 @torch.no_grad()

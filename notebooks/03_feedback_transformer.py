@@ -204,7 +204,7 @@ assert found["vanilla, 4 layers"].mean() < 0.6 and found["vanilla, 4 layers"][-1
 # memory vector, which does not exist yet.
 #
 # The layer is an ordinary one, except that it looks at *one* step, and that it is handed its keys
-# and values. The keys arrive with `d_head` before `K`, ready for the product.
+# and values.
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
@@ -223,9 +223,9 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def attention(self, x, keys, values):
-        """x (B, d_model), keys (B, H, d_head, K), values (B, H, K, d_head) -> like x."""
+        """x (B, d_model), keys and values (B, H, K, d_head) -> like x."""
         q = self.query(x).unflatten(-1, (self.n_heads, 1, -1))  # (B, H, 1, d_head)
-        scores = q.size(-1) ** -0.5 * q @ keys  # (B, H, 1, K)
+        scores = q.size(-1) ** -0.5 * q @ keys.mT  # (B, H, 1, K)
         weights = self.dropout(scores.softmax(dim=-1))
         return self.out((weights @ values).flatten(1))  # (B, d_model)
 
@@ -239,7 +239,7 @@ torch.manual_seed(SEED)
 layer = Layer(d_model=16, n_heads=2, d_ff=32, dropout=0.0)
 x = torch.randn(3, 16)  # (B, d_model): one step of three texts
 for K in (0, 5):
-    out = layer(x, keys=torch.randn(3, 2, 8, K), values=torch.randn(3, 2, K, 8))
+    out = layer(x, keys=torch.randn(3, 2, K, 8), values=torch.randn(3, 2, K, 8))
     print(f"K = {K}: x", tuple(x.shape), "-> out", tuple(out.shape))
 
 # %% [markdown]
@@ -248,8 +248,8 @@ for K in (0, 5):
 #
 # ### The memory
 #
-# `vector` is the mixture above. `keys_values` makes keys and values from memory vectors. Two
-# details count. The vectors are **normalised first**, as the states in a pre-LN layer are. And
+# `vector` is the mixture above. `keys_values` makes keys and values from memory vectors, side by
+# side in one tensor: keys are `kv[:, 0]`, values are `kv[:, 1]`. Two details count. The vectors are **normalised first**, as the states in a pre-LN layer are. And
 # `shared_kv` decides whether all layers share one projection to keys and values. In the paper's
 # first version each layer has its own; its second version shares one, so that each vector is
 # projected *once* and the cache holds one key and one value for each token, whatever the depth.
@@ -276,7 +276,7 @@ class Memory(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         n_kv = 1 if shared_kv else n_layers
         self.key_value = nn.Linear(d_model, n_kv * 2 * d_model, bias=False)
-        self.positions = nn.Parameter(torch.randn(d_model // n_heads, mem_len))
+        self.positions = nn.Parameter(torch.randn(mem_len, d_model // n_heads))
 
     def vector(self, states):
         """The mixture: L + 1 states (B, d_model), embedding first -> (B, d_model)."""
@@ -284,28 +284,26 @@ class Memory(nn.Module):
         return torch.einsum("l,lbd->bd", weights, torch.stack(states))
 
     def keys_values(self, vectors):
-        """(B, n, d_model) -> (n_kv, B, H, d_head, n) keys, (n_kv, B, H, n, d_head) values."""
+        """(B, n, d_model) -> keys, [:, 0], and values, [:, 1], of (n_kv, 2, B, H, n, d_head)."""
         kv = self.key_value(self.norm(vectors))  # (B, n, n_kv * 2 * d_model)
-        kv = kv.unflatten(-1, (-1, 2, self.n_heads, len(self.positions)))
-        keys, values = kv.permute(3, 2, 0, 4, 1, 5)  # (n_kv, B, H, n, d_head) each
-        return keys.mT, values
+        kv = kv.unflatten(-1, (-1, 2, self.n_heads, self.positions.size(1)))
+        return kv.permute(2, 3, 0, 4, 1, 5)  # (n_kv, 2, B, H, n, d_head)
 
-    def seen(self, keys, values, mem_len):
-        """The latest mem_len keys and values. Each key has the vector of its age added."""
-        n = keys.size(-1)
-        K = min(n, mem_len)
-        positions = self.positions[:, self.positions.size(1) - K :]  # ages K ... 1
-        return keys[..., n - K :] + positions, values[..., n - K :, :]
+    def seen(self, kv, mem_len):
+        """The latest mem_len keys and values, (n_kv, B, H, K, d_head); to keys, ages are added."""
+        keys, values = kv[..., -mem_len:, :].unbind(1)
+        positions = self.positions[len(self.positions) - keys.size(-2) :]  # ages K ... 1
+        return keys + positions, values
 
 # %%
 torch.manual_seed(SEED)
 small = Memory(d_model=16, n_heads=2, n_layers=3, mem_len=5, shared_kv=True)
 states = [torch.randn(1, 16) for _ in range(4)]  # the embedding and three layers
 vectors = torch.stack([small.vector(states)] * 7, dim=1)  # (B, 7, d_model): seven steps, all alike
-keys, values = small.keys_values(vectors)
-print("keys", tuple(keys.shape), " values", tuple(values.shape))
-keys, values = small.seen(keys, values, mem_len=5)
-print("seen", tuple(keys.shape), "       ", tuple(values.shape))
+kv = small.keys_values(vectors)
+print("keys and values", tuple(kv.shape))
+keys, values = small.seen(kv, mem_len=5)
+print("seen: keys", tuple(keys.shape), " values", tuple(values.shape))
 assert torch.allclose(small.vector(states), torch.stack(states).mean(dim=0))  # w = 0: a plain mean
 
 # %% [markdown]
@@ -313,9 +311,9 @@ assert torch.allclose(small.vector(states), torch.stack(states).mean(dim=0))  # 
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.8), sharey=True)
-before = small.keys_values(vectors)[0][0, 0, 0].detach()  # (d_head, 7)
+before = kv[0, 0, 0, 0].detach().T  # keys of the first head: (d_head, 7)
 figures.matrix(axes[0], before, title="keys of equal vectors", xlabel="slot", ylabel="dimension")
-figures.matrix(axes[1], keys[0, 0, 0].detach(), title="as they are seen", xlabel="age", ylabel="")
+figures.matrix(axes[1], keys[0, 0, 0].detach().T, title="as they are seen", xlabel="age", ylabel="")
 axes[1].set_xticks(range(5), labels=range(5, 0, -1))
 figures.show(
     figure,
@@ -330,9 +328,9 @@ figures.show(
 # the other.
 
 # %% tags=["from-module"]
-def step(model, x, keys, values):
+def step(model, x, kv):
     """One token x (B, d_model) -> its output and its memory vector, (B, d_model) each."""
-    keys, values = model.memory.seen(keys, values, model.mem_len)
+    keys, values = model.memory.seen(kv, model.mem_len)
     states = [x]
     for n, layer in enumerate(model.layers):
         n_kv = n % len(keys)  # 0 where the layers share keys and values
@@ -340,17 +338,15 @@ def step(model, x, keys, values):
     return states[-1], model.memory.vector(states)
 
 # %% tags=["from-module"]
-def loop(model, x, keys, values):
+def loop(model, x, kv):
     """Step by step: x (B, T, d_model) -> outputs, vectors, keys and values with T more."""
     outputs, vectors = [], []
     for x_t in x.unbind(dim=1):
-        output, vector = step(model, x_t, keys, values)
-        new_keys, new_values = model.memory.keys_values(vector[:, None])
-        keys = torch.cat([keys, new_keys], dim=-1)
-        values = torch.cat([values, new_values], dim=-2)
+        output, vector = step(model, x_t, kv)
+        kv = torch.cat([kv, model.memory.keys_values(vector[:, None])], dim=-2)
         outputs.append(output)
         vectors.append(vector)
-    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), keys, values
+    return torch.stack(outputs, dim=1), torch.stack(vectors, dim=1), kv
 
 # %% [markdown]
 # What is the memory between two calls? While you train, it is the **vectors** $m$. Their keys and
@@ -375,34 +371,32 @@ class Cache(NamedTuple):
     goes on from the same place gets a copy. So what a cache holds never changes.
     """
 
-    keys: torch.Tensor  # (n_kv, B, H, d_head, slots)
-    values: torch.Tensor  # (n_kv, B, H, slots, d_head)
+    kv: torch.Tensor  # (n_kv, 2, B, H, slots, d_head)
     end: int
     taken: list  # how many slots are taken: one number for all the caches that share them
 
     def latest(self, n):
-        """Keys and values of the latest n slots, or of all."""
-        first = max(0, self.end - n)
-        return self.keys[..., first : self.end], self.values[..., first : self.end, :]
+        """Keys and values of the latest n slots, or of all: (n_kv, 2, B, H, n, d_head)."""
+        return self.kv[..., max(0, self.end - n) : self.end, :]
 
     def with_more(self, T, mem_len):
         """A cache with T more slots, to be filled in: these slots, if there is room."""
         end = self.end + T
-        if self.taken[0] == self.end and end <= self.keys.size(-1):
+        if self.taken[0] == self.end and end <= self.kv.size(-2):
             self.taken[0] = end
             return self._replace(end=end)
-        keys, values = self.latest(mem_len)
-        M, room = keys.size(-1), max(T, ROOM) if self.end else T
-        return Cache(pad(keys, (0, room)), pad(values, (0, 0, 0, room)), M + T, [M + T])
+        kv, room = self.latest(mem_len), max(T, ROOM) if self.end else T
+        end = kv.size(-2) + T
+        return Cache(pad(kv, (0, 0, 0, room)), end, [end])
 
 # %%
-cache = Cache(torch.zeros(1, 1, 1, 2, 3), torch.zeros(1, 1, 1, 3, 2), end=3, taken=[3])  # three slots, all in use
+cache = Cache(torch.zeros(1, 2, 1, 1, 3, 4), end=3, taken=[3])  # three slots, all of them in use
 first = cache.with_more(T=1, mem_len=6)  # no room: copied, and given some
 second = first.with_more(T=1, mem_len=6)  # in place
 other = first.with_more(T=1, mem_len=6)  # the slot behind `first` is taken: copied
 for name, c in [("cache", cache), ("first", first), ("second", second), ("other", other)]:
-    print(f"{name:6} {c.end} slots of {c.keys.size(-1)}, taken by all: {c.taken[0]}")
-assert second.keys.data_ptr() == first.keys.data_ptr() != other.keys.data_ptr()
+    print(f"{name:6} holds {c.end} slots; {c.taken[0]} of {c.kv.size(-2)} are taken")
+assert second.kv.data_ptr() == first.kv.data_ptr() != other.kv.data_ptr()
 
 # %% [markdown]
 # `recall` takes what the caller hands in, and refuses what does not fit. Two short functions then
@@ -412,25 +406,25 @@ assert second.keys.data_ptr() == first.keys.data_ptr() != other.keys.data_ptr()
 # %% tags=["from-module"]
 def recall(model, memory, x):
     """The caller's memory, checked -> vectors (B, M, d_model) with gradients, else a Cache."""
-    ages, trains = model.memory.positions.size(1), torch.is_grad_enabled()
+    ages, trains = len(model.memory.positions), torch.is_grad_enabled()
     if not 1 <= model.mem_len <= ages:
         raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
     if trains and isinstance(memory, Cache):
         raise ValueError("a memory made under no_grad does not train: start with None")
     memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
-    streams = memory.keys.size(1) if isinstance(memory, Cache) else len(memory)
+    streams = memory.kv.size(2) if isinstance(memory, Cache) else len(memory)
     if streams != len(x):
         raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
     if trains or isinstance(memory, Cache):
         return memory
-    M, (keys, values) = memory.size(1), model.memory.keys_values(memory)
-    return Cache(keys.type_as(x), values.type_as(x), M, [M])
+    M = memory.size(1)
+    return Cache(model.memory.keys_values(memory).type_as(x), M, [M])
 
 # %% tags=["from-module"]
 def from_vectors(model, x, vectors, by_hand):
     """x (B, T, d_model) -> outputs, memory. Old vectors get keys and values anew."""
     run_steps = segment if by_hand else loop
-    outputs, new, *_ = run_steps(model, x, *model.memory.keys_values(vectors))
+    outputs, new, *_ = run_steps(model, x, model.memory.keys_values(vectors))
     memory = torch.cat([vectors, new], dim=1)[:, -model.mem_len :]
     return outputs, memory.detach().clone()
 
@@ -439,11 +433,11 @@ def from_cache(model, x, cache, by_hand):
     """x (B, T, d_model) -> outputs, memory. Nothing is computed twice."""
     if by_hand:
         cache = cache.with_more(x.size(1), model.mem_len)
-        keys, values = cache.latest(cache.end)
-        return run(x, keys[0], values[0], *weights_of(model)).results()[0], cache
-    outputs, _, keys, values = loop(model, x, *cache.latest(model.mem_len))
-    M = min(keys.size(-1), model.mem_len)
-    return outputs, Cache(keys[..., -M:].contiguous(), values[..., -M:, :].contiguous(), M, [M])
+        outputs, _ = run(x, cache.latest(cache.end)[0], *weights_of(model)).results()
+        return outputs, cache
+    outputs, _, kv = loop(model, x, cache.latest(model.mem_len))
+    kv = kv[..., -model.mem_len :, :].contiguous()
+    return outputs, Cache(kv, kv.size(-2), [kv.size(-2)])
 
 # %% [markdown]
 # The model holds it together, and keeps the protocol of this course: memory goes in and comes
@@ -495,7 +489,7 @@ for segment_ in text.split(4, dim=1):
     print("training:   logits", tuple(logits.shape), " memory", tuple(memory.shape))
 with torch.no_grad():
     logits, memory = tiny(text)
-print("generating: logits", tuple(logits.shape), " keys", tuple(memory.keys.shape), " values", tuple(memory.values.shape))
+print("generating: logits", tuple(logits.shape), " keys and values", tuple(memory.kv.shape))
 
 # %% [markdown]
 # Every step sees the latest `mem_len` vectors, and it does not matter where the text was cut:
@@ -568,7 +562,7 @@ def plain_loop(model, tokens):
         states = [x]
         memory = torch.stack(vectors, dim=1) if vectors else x[:, None][:, :0]  # (B, t, d_model)
         for layer in model.layers:
-            keys, values = model.memory.seen(*model.memory.keys_values(memory), model.mem_len)
+            keys, values = model.memory.seen(model.memory.keys_values(memory), model.mem_len)
             states.append(layer(states[-1], keys[0], values[0]))
         vectors.append(model.memory.vector(states))
         logits.append(model.head(model.norm(states[-1])))
@@ -603,7 +597,7 @@ def weights_of(model):
     memory = model.memory
     flat = [
         memory.layer_weights.softmax(dim=0),
-        memory.positions[:, memory.positions.size(1) - model.mem_len :],
+        memory.positions[-model.mem_len :],
         memory.norm.weight, memory.norm.bias, memory.key_value.weight,
     ]  # fmt: skip
     for layer in model.layers:
@@ -615,9 +609,9 @@ def weights_of(model):
     return flat
 
 # %% tags=["from-module"]
-def segment(model, x, keys, values):
+def segment(model, x, kv):
     """What loop does, as one operation whose backward pass is written by hand."""
-    return Segment.apply(x, keys[0], values[0], *weights_of(model))
+    return Segment.apply(x, kv[0], *weights_of(model))
 
 # %% [markdown]
 # The code that follows is `feedback_segment.py`. You can skip to the check and come back. Every
@@ -679,17 +673,15 @@ class Kept(NamedTuple):
     heads: torch.Tensor  # (L, T, B, d_model): out of attention
     hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
-    keys: torch.Tensor  # (B, H, d_head, S)
-    values: torch.Tensor  # (B, H, S, d_head)
+    kv: torch.Tensor  # (2, B, H, S, d_head): keys and values
     attention: list  # T tensors (L, N, 1, K): the weights
 
     def seen(self, t, positions):
-        """What step t attends to: keys (N, d_head, K), values (N, K, d_head)."""
-        end = self.keys.size(3) - len(self.vectors) + t  # M + t slots are there
-        K = min(end, positions.size(1))
-        keys = self.keys.flatten(0, 1)[..., end - K : end]
-        values = self.values.flatten(0, 1)[:, end - K : end]
-        return keys + positions[:, positions.size(1) - K :], values
+        """What step t attends to: keys with their ages, and values, (N, K, d_head) each."""
+        end = self.kv.size(3) - len(self.vectors) + t  # M + t slots are there
+        K = min(end, len(positions))
+        keys, values = self.kv.flatten(1, 2)[:, :, end - K : end].unbind()
+        return keys + positions[len(positions) - K :], values
 
     def results(self):
         """Outputs and memory vectors, (B, T, d_model) each."""
@@ -702,14 +694,14 @@ class Kept(NamedTuple):
 
 # %% tags=["from-module"]
 @outside_autocast
-def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
+def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
     """The steps forwards, in S slots: M old memory vectors are there, T are filled in.
 
-    x (B, T, d_model), keys (B, H, d_head, S), values (B, H, S, d_head), alpha (L + 1),
-    positions (d_head, mem_len); gain, shift and W_kv, from vectors to keys and values; ten
-    weights for each layer -> Kept.
+    x (B, T, d_model), keys and values kv (2, B, H, S, d_head), alpha (L + 1), positions
+    (mem_len, d_head); gain, shift and W_kv, from vectors to keys and values; ten weights
+    for each layer -> Kept.
     """
-    (B, T, d_model), (_, H, d_head, S) = x.shape, keys.shape
+    (B, T, d_model), (_, _, H, S, d_head) = x.shape, kv.shape
     layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
     L, M, d_ff, scale = len(layers), S - T, len(layers[0][7]), d_head**-0.5
     kept = Kept(
@@ -717,9 +709,8 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
         *x.new_empty(3, L, T, B, d_model).unbind(),
         x.new_empty(L, T, B, d_ff),
         x.new_empty(T, B, d_model),
-        keys,
-        values,
-        [x.new_empty(L, B * H, 1, min(M + t, positions.size(1))) for t in range(T)],
+        kv,
+        [x.new_empty(L, B * H, 1, min(M + t, len(positions))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
     with torch.inference_mode():  # nothing in the loop is for autograd to see
@@ -731,7 +722,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
             for layer, middle, q, head, hidden, weights, output in rows:
                 gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
                 q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
-                scores = torch.bmm(q.view(B * H, 1, d_head), keys)  # (N, 1, K)
+                scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (N, 1, K)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
@@ -740,7 +731,7 @@ def run(x, keys, values, alpha, positions, gain, shift, W_kv, *layers):
                 x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
             torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
             new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
-            kept.keys[..., M + t], kept.values[:, :, M + t] = new.unbind(1)
+            kept.kv[..., M + t, :] = new.transpose(0, 1)
     return kept
 
 # %% [markdown]
@@ -775,7 +766,7 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     one at its output filled in. Returns lists over the layers: errors at scores (N, 1, K),
     at heads (N, 1, d_head).
     """
-    g_scores, g_heads, scale = [], [], keys.size(1) ** -0.5
+    g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
     for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
         gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layer
         hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
@@ -786,7 +777,7 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
         g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
         g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
-        g_q.view(g_head.shape).baddbmm_(g_score, keys.mT, beta=0, alpha=scale)
+        g_q.view(g_head.shape).baddbmm_(g_score, keys, beta=0, alpha=scale)
         g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
         torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
         g_scores.append(g_score)
@@ -801,13 +792,13 @@ class Sums(NamedTuple):
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
     slots: torch.Tensor  # (2 * N, S, d_head): the same by slot, old ones too
-    positions: torch.Tensor  # (d_head, mem_len)
+    positions: torch.Tensor  # (mem_len, d_head)
     layers: list  # seven, of all layers together: see add_weights
 
 # %% tags=["from-module"]
 def empty_sums(kept, positions, layers):
     """Sums to begin with."""
-    (T, B, d_model), (_, H, d_head, S) = kept.vectors.shape, kept.keys.shape
+    (T, B, d_model), (_, _, H, S, d_head) = kept.vectors.shape, kept.kv.shape
     gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
     summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # of these shapes
     return Sums(
@@ -833,7 +824,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     the queries, and the errors at the heads. So the errors at keys and values are
     left.mT @ right.
     """
-    (B, H, d_head, S), mem_len, L = kept.keys.shape, positions.size(1), len(layers)
+    (_, B, H, S, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
     C, first, N = steps.stop - steps.start, S - len(kept.vectors) + steps.start, B * H
     states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
     x_hat, *x_stats = normalise(states[:-1])
@@ -876,14 +867,14 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
 # %% tags=["from-module"]
 def add_slots(first, left, right, C, sums):
     """A block's share in the errors at keys and values before it, and at positions."""
-    (N, rows, width), mem_len = left.shape[1:], sums.positions.size(1)
+    (N, rows, width), mem_len = left.shape[1:], len(sums.positions)
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
     sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
     L = rows // C  # a step is L rows, and the ages of the next begin a column later
     strides = rows * width, L * width + 1, width, 1
     by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
-    sums.positions.addmm_(right[0].flatten(0, 1).T, by_age)
+    sums.positions.addmm_(by_age.T, right[0].flatten(0, 1))
 
 # %% tags=["from-module"]
 def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
@@ -927,18 +918,16 @@ def layer_errors(layer, sums):
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
-    Takes what run takes, with keys and values of the M old slots alone -> outputs and
-    memory vectors, (B, T, d_model) each. Only the outputs have gradients; second
-    derivatives are refused.
+    Takes what run takes, with the M old slots alone -> outputs and memory vectors,
+    (B, T, d_model) each. Only the outputs have gradients; second derivatives are refused.
     """
 
     @staticmethod
-    def forward(ctx, x, keys, values, *weights):
-        T, keys, values = x.size(1), keys.type_as(x), values.type_as(x)
-        slots = pad(keys, (0, T)), pad(values, (0, 0, 0, T))  # T more
+    def forward(ctx, x, kv, *weights):
+        slots = pad(kv.type_as(x), (0, 0, 0, x.size(1)))  # T more
         in_reading_order = (w.T.contiguous().T if w.dim() == 2 else w for w in weights[5:])
-        kept = run(x, *slots, *weights[:5], *in_reading_order)  # T times: worth the copies
-        ctx.save_for_backward(*weights, *kept[:8], *kept.attention)
+        kept = run(x, slots, *weights[:5], *in_reading_order)  # T times: worth the copies
+        ctx.save_for_backward(*weights, *kept[:7], *kept.attention)
         ctx.n_weights = len(weights) - 5
         outputs, vectors = kept.results()
         ctx.mark_non_differentiable(vectors)
@@ -950,16 +939,16 @@ class Segment(Function):
     def backward(ctx, g, _):
         (alpha, positions, *projection), saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         layers, saved = by_layer(saved[: ctx.n_weights]), saved[ctx.n_weights :]
-        kept, (gain, _, W_kv) = Kept(*saved[:8], saved[8:]), projection
+        kept, (gain, _, W_kv) = Kept(*saved[:7], saved[7:]), projection
         sums = empty_sums(kept, positions, layers)
         g, T = g.transpose(0, 1), g.size(1)  # (T, B, d_model)
         with torch.inference_mode():
             for start in reversed(range(0, T, BLOCK)):
                 steps = slice(start, min(start + BLOCK, T))
                 block_back(steps, g, alpha, positions, gain, W_kv, layers, kept, sums)
-        old = sums.slots[:, : sums.slots.size(1) - T].unflatten(0, (2, *kept.keys.shape[:2]))
+        old = sums.slots.view(kept.kv.shape)[..., :-T, :]
         g_alpha = kept.states.flatten(1) @ sums.vectors.flatten()
-        g_run = sums.x.transpose(0, 1), old[0].mT, old[1], g_alpha, sums.positions
+        g_run = sums.x.transpose(0, 1), old, g_alpha, sums.positions
         vectors_hat, new = normalise(kept.vectors)[0].flatten(0, 1), sums.new.flatten(0, 1)
         g_projection = behind_norm(new.T @ vectors_hat, new.sum(dim=0), *projection)
         pairs = zip(layers, zip(*sums.layers))
@@ -995,7 +984,7 @@ for name in ("cache", "by hand"):
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
-shapes = [(1, 3, 4), (1, 2, 2, 2), (1, 2, 2, 2), (2,), (2, 3)]  # x, keys, values, alpha, positions
+shapes = [(1, 3, 4), (2, 1, 2, 2, 2), (2,), (3, 2)]  # x, keys and values, alpha, positions
 shapes += [(4,), (4,), (8, 4)]  # gain, shift, W_kv
 shapes += [(4,), (4,), (4, 4), (4, 4), (4,), (4,), (5, 4), (5,), (4, 5), (4,)]  # one layer
 inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
@@ -1456,7 +1445,7 @@ figures.curves(
     axes, depths_read, {"reading all again": again, "with the cache": with_cache}, marker="o",
     xlabel="tokens before", ylabel="time for one more token (ms)",
 )
-axes.set(xscale="log", yscale="log", title="Generation, 4 layers")
+axes.set(xscale="log", yscale="log", title="Generation (4 layers, memory of 512)")
 axes.set_xticks(depths_read, labels=depths_read)
 axes.minorticks_off()
 figures.show(

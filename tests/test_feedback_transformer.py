@@ -42,7 +42,7 @@ def by_the_paper(model, text):
             if visible:
                 m = model.memory.norm(torch.stack(visible, dim=1))  # (B, K, d_model)
                 k, v = ((m @ w.T).unflatten(-1, (H, d_head)) for w in (W_k, W_v))
-                p = torch.stack([model.memory.positions[:, -age] for age in range(len(visible), 0, -1)])
+                p = torch.stack([model.memory.positions[-age] for age in range(len(visible), 0, -1)])
                 scores = torch.einsum("bhd,bjhd->bhj", q, k) + torch.einsum("bhd,jd->bhj", q, p)
                 weights = (scores / math.sqrt(d_head)).softmax(-1)
                 x = x + layer.out(torch.einsum("bhj,bjhd->bhd", weights, v).flatten(1))
@@ -181,8 +181,7 @@ def test_memory_grows_to_mem_len_and_stays_there(mem_len, shared_kv):
             _, cache = model(tokens(2, 4), cache)
         M = min(mem_len, seen)
         assert vectors.shape == (2, M, 16) and nbytes(vectors) == 2 * M * 16 * 8  # no view of more
-        keys, values = cache.latest(mem_len)
-        assert keys.shape == (n_kv, 2, 2, 8, M) and values.shape == (n_kv, 2, 2, M, 8)
+        assert cache.latest(mem_len).shape == (n_kv, 2, 2, 2, M, 8)
         assert nbytes(cache) <= n_kv * 2 * 2 * (max(M, 4) + ROOM * (seen > 4)) * 16 * 8  # a first text just fits
 
 
@@ -197,11 +196,11 @@ def test_what_a_cache_holds_never_changes(pieces, mem_len):
         out, memory = model(tokens(2, T, seed=n), memories[-1])
         memories.append(memory)
         logits.append(out)
-    held = [[part.clone() for part in memory.latest(mem_len)] for memory in memories[1:]]
+    held = [memory.latest(mem_len).clone() for memory in memories[1:]]
     for memory in memories:
         model(tokens(2, 2, seed=99), memory)  # another text goes on from here, and writes
-    for memory, parts in zip(memories[1:], held):
-        assert all(torch.equal(a, b) for a, b in zip(memory.latest(mem_len), parts))
+    for memory, kv in zip(memories[1:], held):
+        assert torch.equal(memory.latest(mem_len), kv)
     for n, (memory, T) in enumerate(zip(memories, pieces)):
         torch.testing.assert_close(model(tokens(2, T, seed=n), memory)[0], logits[n])
 
@@ -212,8 +211,8 @@ def test_generation_writes_in_place():
     model, memory, places = make(), None, []
     for n in range(5 * ROOM):
         _, memory = model(tokens(2, 1, seed=n), memory)
-        places.append(memory.keys.data_ptr())
-        assert memory.keys.size(-1) <= model.mem_len + ROOM
+        places.append(memory.kv.data_ptr())
+        assert memory.kv.size(-2) <= model.mem_len + ROOM
     assert sum(a != b for a, b in zip(places, places[1:])) <= 6
 
 
@@ -280,7 +279,7 @@ def test_mem_len_may_be_lowered():
     model.mem_len = 3
     small = make(mem_len=3)
     state = model.state_dict()
-    state["memory.positions"] = state["memory.positions"][:, -3:]
+    state["memory.positions"] = state["memory.positions"][-3:]
     small.load_state_dict(state)
     torch.testing.assert_close(read(model, text, 5)[0], read(small, text, 5)[0])
 
@@ -323,7 +322,7 @@ def arguments(T=3, M=2, mem_len=4, L=2, d_model=4, H=2, d_ff=5):
     d_head = d_model // H
     norm, square = 2 * [(d_model,)], (d_model, d_model)
     layer = [*norm, square, square, *norm, (d_ff, d_model), (d_ff,), (d_model, d_ff), (d_model,)]
-    sizes = [(2, T, d_model), (2, H, d_head, M), (2, H, M, d_head), (L + 1,), (d_head, mem_len), *norm, (2 * d_model, d_model)]
+    sizes = [(2, T, d_model), (2, 2, H, M, d_head), (L + 1,), (mem_len, d_head), *norm, (2 * d_model, d_model)]
     return [new(*size) for size in sizes + L * layer]
 
 
@@ -359,7 +358,7 @@ def test_autocast_stays_outside():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cache = model(text, memory)[1]
         logits = model(text, cache)[0]
-    assert cache.keys.dtype == torch.float32 and logits.isfinite().all()
+    assert cache.kv.dtype == torch.float32 and logits.isfinite().all()
 
 
 def test_a_second_derivative_is_refused():
