@@ -64,16 +64,16 @@ class Memory(nn.Module):
         return torch.einsum("l,lbd->bd", weights, torch.stack(states))
 
     def keys_values(self, vectors):
-        """(B, n, d_model) -> keys, [:, 0], and values, [:, 1], of (n_kv, 2, B, H, n, d_head)."""
+        """(B, n, d_model) -> (n_kv, 2, B, H, n, d_head): keys and values."""
         kv = self.key_value(self.norm(vectors))  # (B, n, n_kv * 2 * d_model)
         kv = kv.unflatten(-1, (-1, 2, self.n_heads, self.positions.size(1)))
         return kv.permute(2, 3, 0, 4, 1, 5)  # (n_kv, 2, B, H, n, d_head)
 
     def seen(self, kv, mem_len):
-        """The latest mem_len keys and values, (n_kv, B, H, K, d_head); to keys, ages are added."""
+        """The latest mem_len: keys with their ages, values, (n_kv, B, H, K, d_head)."""
         keys, values = kv[..., -mem_len:, :].unbind(1)
         positions = self.positions[len(self.positions) - keys.size(-2) :]  # ages K ... 1
-        return keys + positions, values
+        return keys + positions, values.clone()  # not a view, which would keep all of kv
 
 
 def step(model, x, kv):
@@ -101,18 +101,18 @@ ROOM = 64  # slots that a cache keeps free for what comes next
 
 
 class Cache(NamedTuple):
-    """Memory without gradients: keys and values in slots, the first `end` of them this text's.
+    """Memory without gradients: keys and values in slots, with room behind them.
 
-    Behind them is room. The first to go on with the text writes there; anybody else who
-    goes on from the same place gets a copy. So what a cache holds never changes.
+    The first to go on with the text writes into the room. Anybody else who goes on from
+    the same place gets a copy. So what a cache holds never changes.
     """
 
     kv: torch.Tensor  # (n_kv, 2, B, H, slots, d_head)
-    end: int
-    taken: list  # how many slots are taken: one number for all the caches that share them
+    end: int  # this text's slots are those before it
+    taken: list  # of one number: the slots taken by any of the caches that share them
 
     def latest(self, n):
-        """Keys and values of the latest n slots, or of all: (n_kv, 2, B, H, n, d_head)."""
+        """Keys and values of the latest n slots, or of all."""
         return self.kv[..., max(0, self.end - n) : self.end, :]
 
     def with_more(self, T, mem_len):
@@ -127,7 +127,7 @@ class Cache(NamedTuple):
 
 
 def recall(model, memory, x):
-    """The caller's memory, checked -> vectors (B, M, d_model) with gradients, else a Cache."""
+    """The caller's memory, checked -> vectors with gradients, a Cache without."""
     ages, trains = len(model.memory.positions), torch.is_grad_enabled()
     if not 1 <= model.mem_len <= ages:
         raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
