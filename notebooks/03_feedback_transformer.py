@@ -375,6 +375,12 @@ class Cache(NamedTuple):
     end: int  # this text's slots are those before it
     taken: list  # of one number: the slots taken by any of the caches that share them
 
+    @classmethod
+    def of(cls, kv):
+        """A cache with slots of its own, and no room yet."""
+        n = kv.size(-2)
+        return cls(kv.contiguous(), n, [n])
+
     def latest(self, n):
         """Keys and values of the latest n slots, or of all."""
         return self.kv[..., max(0, self.end - n) : self.end, :]
@@ -417,8 +423,7 @@ def recall(model, memory, x):
         raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
     if trains or isinstance(memory, Cache):
         return memory
-    M = memory.size(1)
-    return Cache(model.memory.keys_values(memory).type_as(x), M, [M])
+    return Cache.of(model.memory.keys_values(memory).type_as(x))
 
 # %% tags=["from-module"]
 def from_vectors(model, x, vectors, by_hand):
@@ -434,10 +439,12 @@ def from_cache(model, x, cache, by_hand):
     if by_hand:
         cache = cache.with_more(x.size(1), model.mem_len)
         outputs, _ = run(x, cache.latest(cache.end)[0], *weights_of(model)).results()
-        return outputs, cache
-    outputs, _, kv = loop(model, x, cache.latest(model.mem_len))
-    kv = kv[..., -model.mem_len :, :].contiguous()
-    return outputs, Cache(kv, kv.size(-2), [kv.size(-2)])
+        if cache.kv.size(-2) <= model.mem_len + ROOM:
+            return outputs, cache
+        kv = cache.latest(model.mem_len)  # of a long text, only the end is remembered
+    else:
+        outputs, _, kv = loop(model, x, cache.latest(model.mem_len))
+    return outputs, Cache.of(kv[..., -model.mem_len :, :])
 
 # %% [markdown]
 # The model holds it together, and keeps the protocol of this course: memory goes in and comes

@@ -206,6 +206,17 @@ def test_what_a_cache_holds_never_changes(pieces, mem_len):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("T", [1, 30, 100, 300])
+def test_a_cache_holds_little_more_than_mem_len(by_hand, T):
+    model, memory = make(by_hand=by_hand), None
+    for n in range(3):
+        _, memory = model(tokens(2, T, seed=n), memory)
+        assert memory.kv.size(-2) <= model.mem_len + ROOM
+        assert nbytes(memory) == nbytes(memory.kv.clone())  # and no view of more
+
+
+@torch.no_grad()
 def test_generation_writes_in_place():
     """Token by token the cache moves once in ROOM tokens, and its size has a bound."""
     model, memory, places = make(), None, []
