@@ -66,7 +66,8 @@ def smooth(values, width):
 def bars(axes, values, *, ylabel, number="{:.2f}"):
     """One bar a label, from zero, with its value on top: values is {label: value}."""
     shown = axes.bar(list(values), list(values.values()), color=BLUE, width=0.6)
-    axes.bar_label(shown, labels=[number.format(v) for v in values.values()], padding=2)
+    on_white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # a line may run behind it
+    axes.bar_label(shown, [number.format(v) for v in values.values()], padding=3, bbox=on_white)
     axes.margins(y=0.12)
     axes.grid(axis="x", visible=False)
     axes.set(ylabel=ylabel)

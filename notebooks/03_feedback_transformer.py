@@ -249,10 +249,11 @@ for K in (0, 5):
 # ### The memory
 #
 # `vector` is the mixture above. `keys_values` makes keys and values from memory vectors, side by
-# side in one tensor: keys are `kv[:, 0]`, values are `kv[:, 1]`. Two details count. The vectors are **normalised first**, as the states in a pre-LN layer are. And
-# `shared_kv` decides whether all layers share one projection to keys and values. In the paper's
-# first version each layer has its own; its second version shares one, so that each vector is
-# projected *once* and the cache holds one key and one value for each token, whatever the depth.
+# side in one tensor: keys are `kv[:, 0]`, values are `kv[:, 1]`. Two details count. The vectors
+# are **normalised first**, as the states in a pre-LN layer are. And `shared_kv` decides whether
+# all layers share one projection to keys and values. In the paper's first version each layer has
+# its own; its second version shares one, so that each vector is projected *once* and the cache
+# holds one key and one value for each token, whatever the depth.
 #
 # `seen` picks the window and tells the order. The score of a query with the key of age $a = t -
 # j$ is

@@ -293,6 +293,7 @@ def test_mem_len_may_be_lowered():
     state["memory.positions"] = state["memory.positions"][-3:]
     small.load_state_dict(state)
     torch.testing.assert_close(read(model, text, 5)[0], read(small, text, 5)[0])
+    assert read(model, text, 5)[1].kv.size(-2) <= 3 + ROOM
 
 
 # ------------------------------------------------------------------ three ways, one gradient
