@@ -19,7 +19,6 @@ from torch.nn.functional import pad
 
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
-relu_back = torch.ops.aten.threshold_backward.grad_input
 
 
 def normalise(x, gain=None, shift=None):
@@ -92,25 +91,28 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
         [x.new_empty(L, B * H, 1, min(M + t, len(positions))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
+    gain_q, shift_q, W_q, *_ = layers[0]  # the lowest queries wait for no step: all at once
+    torch.mul(normalise(kept.states[0], gain_q, shift_q)[0] @ W_q, scale, out=kept.queries[0])
     with torch.inference_mode():  # nothing in the loop is for autograd to see
         steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
         for t, (states, *inside, vector, attention) in enumerate(steps):
             keys, values = kept.seen(t, positions)
             x_t, *outputs = states.unbind()
             rows = zip(layers, *(tensor.unbind() for tensor in [*inside, attention]), outputs)
-            for layer, middle, q, head, hidden, weights, output in rows:
+            for n, (layer, middle, q, head, hidden, weights, output) in enumerate(rows):
                 gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
-                q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
+                if n > 0:
+                    q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
                 scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (N, 1, K)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
                 normed = normalise(middle, gain_1, shift_1)[0]
-                torch.mm(normed, W_1, out=hidden).add_(b_1).relu_()
+                torch.addmm(b_1, normed, W_1, out=hidden).relu_()
                 x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
             torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
-            new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
-            kept.kv[..., M + t, :] = new.transpose(0, 1)
+            new = normalise(vector, gain, shift)[0] @ W_kv.T  # (B, 2 * d_model)
+            kept.kv[..., M + t, :] = new.view(B, 2, H, d_head).transpose(0, 1)
     return kept
 
 
@@ -129,29 +131,30 @@ def by_step(tensor):
 
 
 def step_back(g_vector, alpha, layers, attention, rows, keys, values):
-    """The errors of one step, from its last layer down to its embedding.
+    """The errors of one step, from its last layer down to the lowest queries.
 
-    g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
-    layer l; rows with what each layer had inside, and with the places of its errors, the
+    g_vector (B, d_model) at the memory vector, of which the share alpha[n] is the input of
+    layer n; rows with what each layer had inside, and with the places of its errors, the
     one at its output filled in. Returns lists over the layers: errors at scores (N, 1, K),
     at heads (N, 1, d_head).
     """
     g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
-    for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
-        gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layer
-        hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
+    for n in reversed(range(len(layers))):
+        gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layers[n]
+        slope, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = rows[n]
         g, g_hidden, g_middle, g_q, g_x = places
-        relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
+        torch.mm(g, W_2, out=g_hidden).mul_(slope)  # of the ReLU: 1 where it let through, or 0
         g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd, gain_1)
         torch.add(g_normed, g, out=g_middle)
-        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
+        g_head = (g_middle @ W_o).view(len(keys), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
-        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
+        g_score = torch._softmax_backward_data(g_weights, attention[n], -1, g.dtype)
         g_q.view(g_head.shape).baddbmm_(g_score, keys, beta=0, alpha=scale)
-        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
-        torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
         g_scores.append(g_score)
         g_heads.append(g_head)
+        if n > 0:
+            g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
+            torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=alpha[n])
     return g_scores[::-1], g_heads[::-1]
 
 
@@ -194,7 +197,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     x_hat, *x_stats = normalise(states[:-1])
     middle_hat, *middle_stats = normalise(middles)
     errors = Errors(*map(torch.empty_like, (states, middles, queries, hidden)))
-    inside = hidden, middles, *middle_stats, states[:-1], *x_stats
+    inside = hidden.sign(), middles, *middle_stats, states[:-1], *x_stats
     g, g_middles, g_queries, g_hidden = errors
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
     rows = list(zip(*map(by_step, inside + places)))
@@ -212,7 +215,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
         sums.vectors[t], attention, seen = g_vector, kept.attention[t], kept.seen(t, positions)
-        back = step_back(g_vector, shares, layers, attention.unbind(), [*zip(*rows[r])], *seen)
+        back = step_back(g_vector, shares, layers, attention, [*zip(*rows[r])], *seen)
         g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
         columns = slice(mem_len + r - attention.size(3), mem_len + r)
         left[0, :, row, columns] = g_scores
@@ -220,7 +223,9 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         right[1, :, row] = g_heads
         later, at_row = left[:, :, row, mem_len:], right[:, :, row]
         near.baddbmm_(later.flatten(0, 1).mT, at_row.flatten(0, 1))
-    sums.x[steps] = g[0]
+    (gain_q, _, W_q, *_), stats = layers[0], (stat[0] for stat in x_stats)
+    g_normed = normalise_back(g_queries[0] @ W_q, states[0], *stats, gain_q)
+    sums.x[steps] = g_normed + g_middles[0] + shares[0] * sums.vectors[steps]
     add_slots(first, left, right, C, sums)
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 

@@ -196,6 +196,8 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
+        if tokens.dim() != 2 or tokens.size(1) < 1:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B, T), T >= 1")
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
@@ -235,9 +237,14 @@ def start_from_parallel(model, vanilla):
     where the layers share one, it is the mean of theirs. Vanilla knows no ages and no
     mixture of layers: the positions and the layer weights stay as they are.
     """
-    if len(model.layers) != len(vanilla.layers):
-        sizes = f"{len(vanilla.layers)} layers, model {len(model.layers)}"
-        raise ValueError(f"vanilla has {sizes}: build both with the same n_layers")
+    for name, ours, theirs in [
+        ("n_layers", len(model.layers), len(vanilla.layers)),
+        ("n_heads", model.memory.n_heads, vanilla.layers[0].attention.n_heads),
+        ("vocab_size, d_model", *(tuple(m.embedding.weight.shape) for m in (model, vanilla))),
+        ("d_ff", *(m.layers[0].feed_forward[0].out_features for m in (model, vanilla))),
+    ]:
+        if ours != theirs:
+            raise ValueError(f"{name}: {ours} here, {theirs} in vanilla: build both alike")
     for name in ("embedding", "norm", "head"):
         getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
     projections = []

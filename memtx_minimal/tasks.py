@@ -60,8 +60,8 @@ def cups(batch_size, segment_len, n_cups=5, seed=0):
     """A ball lies under the first of n_cups cups; each token swaps two cups, the target is where the ball is then.
 
     Tokens count the pairs of cups: 0 is (0, 1), 1 is (0, 2) and so on, n_cups * (n_cups - 1) / 2 in all. Each
-    segment is a game of its own. Fan et al. test models with tasks of this kind: there is no shorter way to the
-    answer than to follow the ball.
+    segment is a game of its own. Fan et al. test models with tasks of this kind: the order of the swaps matters,
+    so counting them is not enough.
     """
     pairs = torch.combinations(torch.arange(n_cups))  # (pairs, 2)
     generator = torch.Generator().manual_seed(seed)

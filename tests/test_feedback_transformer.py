@@ -477,11 +477,33 @@ def test_starting_from_a_parallel_transformer_keeps_layers_apart():
     for n, layer in enumerate(vanilla.layers):
         assert torch.equal(W[n].flatten(0, 1), layer.attention.query_key_value.weight[16:])
     assert torch.equal(model.memory.positions, fresh.positions)  # nothing in vanilla is like these
-    with pytest.raises(ValueError, match="vanilla has 3 layers, model 2"):
-        start_from_parallel(make(n_layers=2), vanilla)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (dict(n_layers=2), "n_layers: 2 here, 3 in vanilla"),
+        (dict(n_heads=4), "n_heads: 4 here, 2 in vanilla"),
+        (dict(d_ff=48), "d_ff: 48 here, 32 in vanilla"),
+        (dict(vocab_size=12), "vocab_size, d_model: .12, 16. here, .11, 16. in vanilla"),
+    ],
+)
+def test_weights_of_another_size_are_refused_and_nothing_is_copied(other, message):
+    vanilla, model = VanillaTransformer(**SMALL).double(), make(**other)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        start_from_parallel(model, vanilla)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 # ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("shape", [(2, 0), (5,)])
+def test_tokens_of_another_shape_are_refused(by_hand, shape):
+    with pytest.raises(ValueError, match="pass .B, T., T >= 1"):
+        make(by_hand=by_hand)(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_invalid_arguments_are_refused_early():
