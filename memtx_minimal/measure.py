@@ -107,7 +107,8 @@ def process_peak_bytes():
 
 def seconds(run, *, warmup=2, rounds=7, device="cpu"):
     """Median wall time of `run()` in seconds, after `warmup` runs that do not count."""
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}  # their work goes on by itself
+    synchronize = waits.get(torch.device(device).type, lambda: None)
     times = []
     for _ in range(warmup + rounds):
         synchronize()
@@ -158,6 +159,7 @@ def record_attention(model):
 
     A model that reads in pieces or in steps gives them piece by piece, step by step. A Reformer that
     hashes never has them whole: ask reformer.look. A FeedbackTransformer shows them with by_hand=False.
+    Record in eval mode: in training, the looks of a CompressiveTransformer's own loss stand among them.
     """
     weights, modes = [], []
 

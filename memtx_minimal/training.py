@@ -62,7 +62,8 @@ def train(
     In place of a stream you may pass an endless iterator of (tokens, targets, at_start, ...), such as a
     task made up as it goes; targets of -100 do not count, and at_start True forgets the memory.
     AdamW, warm-up and cosine decay, gradients clipped at norm `clip`. With `valid` (another stream)
-    the model is evaluated every `valid_every` steps and after the last. Returns the history:
+    the model is evaluated every `valid_every` steps and after the last, in as many lanes and in
+    segments as long as those of the training. Returns the history:
     {"loss": nats per token, one a step; "valid": [(steps done, nats per token), ...]}.
     A loss that is not finite raises FloatingPointError. Ctrl-C returns the history so far.
     """
@@ -98,7 +99,8 @@ def train(
             if valid is not None and (
                 (valid_every and (step + 1) % valid_every == 0) or step + 1 == steps
             ):
-                history["valid"].append((step + 1, evaluate(model, valid)))
+                sizes = dict(batch_size=min(batch_size, len(valid) - 1), segment_len=segment_len)
+                history["valid"].append((step + 1, evaluate(model, valid, **sizes)))
                 model.train()
     except KeyboardInterrupt:
         print(f"stopped after {len(history['loss'])} of {steps} steps")

@@ -115,8 +115,10 @@ class TransformerXL(nn.Module):
         mem_len=64, clamp_len=None, same_length=False, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        if mem_len < same_length or (clamp_len is not None and clamp_len < 1):
-            raise ValueError(f"{mem_len=} is not >= {int(same_length)}, or {clamp_len=} >= 1")
+        if mem_len < same_length:
+            raise ValueError(f"{mem_len=} is not >= {int(same_length)}")
+        if clamp_len is not None and clamp_len < 1:
+            raise ValueError(f"{clamp_len=} is not >= 1, nor None")
         self.mem_len, self.clamp_len, self.same_length = mem_len, clamp_len, same_length
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -125,6 +127,8 @@ class TransformerXL(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
+        if self.mem_len < self.same_length:  # it may have been changed
+            raise ValueError(f"mem_len={self.mem_len} is not >= {int(self.same_length)}")
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model)
         if len(memory[0]) != len(x):

@@ -256,3 +256,10 @@ def test_progress_bar_leaves_nothing_behind(capsys):
     training.train(fresh(), cycle(500), steps=3, batch_size=4, segment_len=8)
     out, err = capsys.readouterr()
     assert out == "" and err.rsplit("\r", 1)[-1].strip() == ""
+
+
+def test_validation_reads_as_training_does():
+    """In segments of the training's length, so that a window fits; and a short text fills fewer lanes."""
+    model = VanillaTransformer(**SMALL, max_len=8)
+    history = training.train(model, cycle(400), steps=2, batch_size=4, segment_len=8, valid=cycle(3), progress=False)
+    assert [step for step, _ in history["valid"]] == [2]

@@ -214,7 +214,11 @@ def test_invalid_arguments_are_refused_early():
         make(mem_len=-1)
     with pytest.raises(ValueError, match="mem_len=0 is not >= 1"):
         make(mem_len=0, same_length=True)
-    with pytest.raises(ValueError, match="clamp_len=0 >= 1"):
+    model = make(mem_len=4, same_length=True)
+    model.mem_len = 0
+    with pytest.raises(ValueError, match="mem_len=0 is not >= 1"):
+        model(tokens(2, 4))
+    with pytest.raises(ValueError, match="clamp_len=0 is not >= 1, nor None"):
         make(clamp_len=0)
     model = make(mem_len=4)
     _, memory = model(tokens(2, 4))
