@@ -48,7 +48,7 @@ class Convolution(nn.Module):
 
 
 class DilatedConvolution(Convolution):
-    """The same, after two convolutions with gaps let each old state see its neighbours."""
+    """The same, after convolutions with dilations 1 and 2 let old states see neighbours."""
 
     def __init__(self, d_model, rate):
         super().__init__(d_model, rate)
@@ -115,14 +115,17 @@ def check(mem_len, compressed_len, rate, compression, loss):
         raise ValueError(f"{compression=} is not one of {names}")
     if loss not in losses:
         raise ValueError(f"{loss=} is not one of {', '.join(map(repr, losses))}")
+    if not all(isinstance(n, int) for n in (mem_len, compressed_len, rate)):
+        sizes = f"{mem_len=}, {compressed_len=}, compression_rate={rate}"
+        raise ValueError(f"{sizes}: all three must be integers")
     if rate < 1:
         raise ValueError(f"compression_rate={rate} is not >= 1")
     if compressed_len < 0:
         raise ValueError(f"{compressed_len=} is not >= 0")
     if mem_len < 1 or mem_len % rate:
-        nearest = sorted({max(1, mem_len // rate) * rate, (mem_len // rate + 1) * rate})
+        nearest = sorted({max(1, mem_len // rate + n) * rate for n in (0, 1)})
         raise ValueError(
-            f"{mem_len=} is not a multiple of compression_rate={rate}: "
+            f"{mem_len=} is not a positive multiple of compression_rate={rate}: "
             f"use {' or '.join(map(str, nearest))}"
         )
 
@@ -161,6 +164,8 @@ class Memory(nn.Module):
 
 def read_piece(model, tokens, memory):
     """At most mem_len tokens -> states (B, T, d_model), memory, loss, with their graphs."""
+    if tokens.size(1) == 0:
+        raise ValueError("tokens of length 0: give at least one")
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
     memory = memory or [(x[:, :0], x[:, :0])] * len(model.layers)  # nothing yet
     n_remembered = sum(part.size(1) for part in memory[0])  # C + M
@@ -181,9 +186,10 @@ class CompressiveTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss.
     Memory, for each layer: detached states (B, C, d_model), C <= compressed_len, and
-    (B, M, d_model), M <= mem_len. Longer texts are read in pieces of mem_len. The loss, a
-    scalar, comes in training mode, with loss="attention" and "auto-encoding"; "bptt" trains
-    f_c by the logits of later pieces, so pass two or more at once; None does not train it.
+    (B, M, d_model), M <= mem_len. Longer texts are read in pieces of mem_len (set it here:
+    changed later, it moves the pieces, not the memory's size). The loss, a scalar, comes in
+    training mode, with loss="attention" and "auto-encoding"; "bptt" trains f_c by the
+    logits of later pieces, so pass two or more at once; None does not train it.
     """
 
     def __init__(

@@ -27,6 +27,8 @@ def hash_vectors(x, n_buckets, n_rounds, seed):
     (B, H, T, d_head) -> (R, B, H, T). Above 32 buckets a hash is made of two smaller ones,
     h1 + h2 * b1, both even: n_buckets is then met as nearly as that allows.
     """
+    if n_buckets < 2 or n_buckets % 2:
+        raise ValueError(f"{n_buckets=} is not even and >= 2: each direction has an opposite")
     b1 = n_buckets if n_buckets <= 32 else 2 ** (n_buckets.bit_length() // 2)
     generator = torch.Generator().manual_seed(seed)
     buckets, step = 0, 1
@@ -35,7 +37,8 @@ def hash_vectors(x, n_buckets, n_rounds, seed):
         xR = x @ R.to(x)  # (R, B, H, T, b / 2)
         buckets = buckets + step * torch.cat([xR, -xR], dim=-1).argmax(dim=-1)
         step *= b
-    return buckets.to(torch.uint8 if step <= 256 else torch.int16)  # (R, B, H, T)
+    dtype = torch.uint8 if step <= 2**8 else torch.int16 if step <= 2**15 else torch.int32
+    return buckets.to(dtype)  # (R, B, H, T)
 
 
 def sort_buckets(buckets, c, bucket_mask=True):
@@ -206,6 +209,12 @@ class Settings:
     n_rounds: int  # 0 is exact attention
     bucket_mask: bool = True  # hide keys of other buckets in the same chunks
     duplicates: bool = True  # count a key once that several rounds find: -log N_ij
+
+    def __setattr__(self, name, value):
+        least = {"chunk_len": 1}.get(name, 0)
+        if value < least:
+            raise ValueError(f"{name}={value} is not >= {least}")
+        object.__setattr__(self, name, value)
 
     def arguments(self):
         return self.chunk_len, self.bucket_mask, self.duplicates

@@ -69,7 +69,10 @@ def uncouple(block, x, y, dx, dy, kept, autocast):
 
 def modes(blocks):
     """What must not change between forward and backward."""
-    return [(block.training, str(getattr(block, "settings", ""))) for block in blocks]
+    return [
+        (b.training, str(getattr(b, "settings", "")), [p.requires_grad for p in b.parameters()])
+        for b in blocks
+    ]
 
 
 class Reversible(torch.autograd.Function):
@@ -94,7 +97,8 @@ class Reversible(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         if modes(ctx.blocks) != ctx.modes:
-            raise RuntimeError("train, eval or settings changed between forward and backward")
+            what = "train, eval, settings or requires_grad"
+            raise RuntimeError(f"{what} changed between forward and backward")
         y, *kept = ctx.saved_tensors
         (x1, x2), (d1, d2), grads = y.chunk(2, dim=-1), dy.chunk(2, dim=-1), []
         now = random_state(y.device)
@@ -153,8 +157,8 @@ class Reformer(nn.Module):
         super().__init__()
         if d_model % (2 * n_heads):
             raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
-        if chunk_len < 1 or n_rounds < 0:
-            raise ValueError(f"{chunk_len=} is not >= 1, or {n_rounds=} not >= 0")
+        if len(axial_shape) != 2 or piece_len < 1:
+            raise ValueError(f"{axial_shape=} is not a pair, or {piece_len=} is not >= 1")
         self.max_len, self.reversible = math.prod(axial_shape), reversible
         self.settings = Settings(chunk_len, n_rounds)
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -182,14 +186,17 @@ class Reformer(nn.Module):
 @torch.no_grad()
 def look(model, tokens):
     """Where each layer of a Reformer looks, (B, H, T, T) each, as in evaluation."""
-    weights = []
+    weights, training = [], model.training
 
     def record(block, args, _):
         q, k, _ = block.heads(args[0])
         weights.append(attention_weights(q, k, block.hash(q), *block.settings.arguments()))
 
     hooks = [block.register_forward_hook(record) for block in model.blocks[::2]]
-    model(tokens)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model.eval()(tokens)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
     return weights

@@ -328,10 +328,16 @@ def test_the_compression_loss_comes_in_training_only():
 
 
 def test_invalid_arguments_are_refused_early():
-    with pytest.raises(ValueError, match="mem_len=30 is not a multiple of compression_rate=4: use 28 or 32"):
+    with pytest.raises(ValueError, match="mem_len=30 is not a positive multiple of compression_rate=4: use 28 or 32"):
         make(mem_len=30, compression_rate=4)
-    with pytest.raises(ValueError, match="mem_len=2 is not a multiple of compression_rate=4: use 4"):
+    with pytest.raises(ValueError, match="mem_len=2 is not a positive multiple of compression_rate=4: use 4$"):
         make(mem_len=2, compression_rate=4)
+    for mem_len in (-5, -4, 0):
+        with pytest.raises(ValueError, match=f"{mem_len=} is not a positive multiple of compression_rate=4: use 4$"):
+            make(mem_len=mem_len, compression_rate=4)
+    for name, size in [("compression_rate", 2.0), ("compression_rate", 2.5), ("mem_len", 4.0), ("compressed_len", 3.0)]:
+        with pytest.raises(ValueError, match=f"{name}={size}.*: all three must be integers"):
+            make(**{name: size})
     with pytest.raises(ValueError, match="compression='sum' is not one of 'max', 'mean', 'conv'"):
         make(compression="sum")
     with pytest.raises(ValueError, match="loss='l2' is not one of 'attention', .*, None"):
@@ -344,3 +350,16 @@ def test_invalid_arguments_are_refused_early():
     _, memory = model(tokens(2, 4))
     with pytest.raises(ValueError, match="memory of 2 streams.*3"):
         model(tokens(3, 4), memory)
+    for before in (None, memory):
+        with pytest.raises(ValueError, match="tokens of length 0: give at least one"):
+            model(tokens(2, 0), before)
+
+
+def test_the_size_of_the_memory_is_set_once():
+    """As the docstring says: mem_len changed later moves the pieces alone."""
+    model, text = make(loss=None), tokens(2, 24)
+    expected = read(model, text, 2)
+    model.mem_len = 2
+    logits, memory = model(text)
+    torch.testing.assert_close(logits, expected[0])
+    assert [part.size(1) for part in memory[0]] == [3, 4]

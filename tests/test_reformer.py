@@ -214,6 +214,12 @@ def test_many_buckets_are_met_nearly(n_buckets):
     assert len(buckets.unique()) > 0.25 * min(n_buckets, 3000)
 
 
+@pytest.mark.parametrize("n_buckets, dtype", [(256, torch.uint8), (2**15, torch.int16), (2**16, torch.int32)])
+def test_buckets_take_few_bytes_and_do_not_overflow(n_buckets, dtype):
+    buckets = hash_vectors(torch.randn(1, 1, 3000, 16), n_buckets, 1, seed=0)
+    assert buckets.dtype == dtype and buckets.min() >= 0 and buckets.max() > n_buckets / 2
+
+
 def test_near_vectors_meet_more_often():
     x = F.normalize(torch.randn(1, 1, 2000, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -281,6 +287,16 @@ def test_attention_weights_are_what_the_output_was_made_with(T, switch):
         assert w.shape == (2, 2, T, T) and not w.triu(1).any()
         torch.testing.assert_close(w.sum(-1), torch.ones(2, 2, T, dtype=w.dtype))
         torch.testing.assert_close((w @ attention.heads(x)[2]).transpose(1, 2).flatten(2), y)
+
+
+def test_looking_is_evaluation_and_leaves_the_model_as_it_was():
+    """In training mode too, where a forward pass hashes anew; and where the forward pass fails."""
+    model, right = make(dropout=0.5), look(make(dropout=0.5).eval(), tokens(2, 30))
+    torch.testing.assert_close(look(model, tokens(2, 30)), right)
+    with pytest.raises(ValueError, match="pass 1 to 40"):
+        look(model, tokens(1, 41))
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert all(attention.step == 0 for attention in model.blocks[::2])
 
 
 @torch.no_grad()
@@ -357,10 +373,21 @@ def test_invalid_arguments_are_refused_early():
         make()(tokens(1, 41))
     with pytest.raises(ValueError, match="chunk_len=0 is not >= 1"):
         make(chunk_len=0)
-    with pytest.raises(ValueError, match="n_rounds=-1 not >= 0"):
+    with pytest.raises(ValueError, match="n_rounds=-1 is not >= 0"):
         make(n_rounds=-1)
     with pytest.raises(AttributeError, match="rounds"):
         make().settings.rounds = 3
+    with pytest.raises(ValueError, match="chunk_len=0 is not >= 1"):
+        make().settings.chunk_len = 0
+    for wrong in (dict(axial_shape=(2, 4, 5)), dict(axial_shape=(40,)), dict(piece_len=-1), dict(piece_len=0)):
+        with pytest.raises(ValueError, match="is not a pair, or piece_len"):
+            make(**wrong)
+
+
+@pytest.mark.parametrize("n_buckets", [-2, 0, 1, 7, 33])
+def test_buckets_come_in_pairs(n_buckets):
+    with pytest.raises(ValueError, match=f"n_buckets={n_buckets} is not even and >= 2"):
+        hash_vectors(vectors(9)[0], n_buckets, 1, seed=0)
 
 
 # ------------------------------------------------------------------ axial positions, pieces
@@ -514,6 +541,11 @@ def test_says_when_backward_cannot_work():
     loss, model.settings.n_rounds = once(model), 0
     with pytest.raises(RuntimeError, match="between forward and backward"):
         loss.backward()
+    loss = once(model)
+    model.blocks[2].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="requires_grad changed between forward and backward"):
+        loss.backward()
+    model.requires_grad_()
     loss = once(model)
     with torch.no_grad():
         model.blocks[0].out.weight.add_(1)
