@@ -20,8 +20,8 @@
 
 # %% [markdown]
 # In a transformer, layer 1 never learns what layer 4 found out, not even one token later. Each
-# layer sees only the layer below it, so a thought can be carried on for as many steps as there
-# are layers, and then it ends. The **Feedback Transformer** ([Fan et al.,
+# layer sees only the layer below it, so what a layer has found out can be worked on further by
+# the layers above it, and by nothing else. The **Feedback Transformer** ([Fan et al.,
 # 2020](https://arxiv.org/abs/2002.09402)) lifts this limit: at each token the outputs of *all*
 # layers are mixed into one memory vector, and *every* layer of every later token attends to these
 # vectors. The price is that tokens can no longer be computed side by side. The chapter shows what
@@ -52,6 +52,7 @@ if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab
 # %%
 import math
 import time
+from functools import partial
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -82,8 +83,8 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `K` | keys: what a step may see | `L` | layers |
 #
 # And one picture of the idea: who may look at whom. Positions run across, layers go up. Blue is
-# computed now. Orange was computed earlier and is read. Look at where the lines to layer 1 come
-# from.
+# computed now. Orange was computed earlier and is read. Grey is not read. Look at where the lines
+# to layer 1 come from.
 
 # %%
 def unrolled_feedback(axes, n_layers, n_positions, now):
@@ -131,8 +132,7 @@ figures.show(
 #
 # A ball lies under the first of five cups. Each token swaps two cups. After each swap, where is
 # the ball? The task is simple for anyone with a memory of one number: keep the place, update it
-# at each swap. And there is hardly another way, since swaps do not commute: you cannot count
-# them.
+# at each swap. Counting the swaps does not help, since their order matters.
 
 # %%
 pairs = torch.combinations(torch.arange(5))  # (10, 2): what the ten tokens mean
@@ -150,25 +150,26 @@ GAMES = dict(vocab_size=len(pairs), d_model=64, n_heads=4, d_ff=256)
 LESSONS = [(2, 150, 1e-2), (4, 250, 1e-2), (8, 150, 1e-2), (16, 80, 5e-3), (32, 40, 1e-3)]
 
 
-def learn(model, lessons, scale=1.0):
+def learn(model, lessons, scale=1.0, seed=SEED):
     """Train on games: lessons is a list of (length of a game, steps, learning rate)."""
     for length, steps, lr in lessons:
-        games = tasks.cups(batch_size=128, segment_len=length, seed=1000 * SEED + length)
+        games = tasks.cups(batch_size=128, segment_len=length, seed=1000 * seed + length)
         training.train(model, games, steps=steps, lr=scale * lr, warmup=20, clip=0.1)
 
 
 @torch.no_grad()
-def accuracy(model, length=32):
-    """Share of right answers after each swap, in new games, (length,)."""
+def exam(model, length=32):
+    """After each swap, in new games: share of right answers, loss in nats, (length,) each."""
     tokens, targets, _ = next(tasks.cups(batch_size=1000, segment_len=length, seed=10**6 + SEED))
-    guesses = model.eval()(tokens.to(device))[0].argmax(dim=-1).cpu()  # (1000, length)
-    return (guesses == targets).float().mean(dim=0)
+    logits = model.eval()(tokens.to(device))[0].cpu()  # (1000, length, vocab_size)
+    right = (logits.argmax(dim=-1) == targets).float()  # (1000, length)
+    return right.mean(dim=0), F.cross_entropy(logits.mT, targets, reduction="none").mean(dim=0)
 
 
 torch.manual_seed(SEED)
 deep = VanillaTransformer(**GAMES, n_layers=4, max_len=32).to(device)
 learn(deep, LESSONS, scale=0.3)  # at the full rates it does worse
-found = {"vanilla, 4 layers": accuracy(deep)}
+found = {"vanilla, 4 layers": exam(deep)[0]}
 
 # %%
 figure, axes = plt.subplots()
@@ -185,8 +186,10 @@ assert found["vanilla, 4 layers"].mean() < 0.6 and found["vanilla, 4 layers"][-1
 
 # %% [markdown]
 # It follows a few swaps and then guesses. (The dotted line is pure guessing.) A state of layer
-# $l$ depends on states of layer $l-1$: every update of the ball's place takes a layer, and there
-# are only four. The model has 32 tokens of text, and four ticks of a clock.
+# $l$ depends on states of layer $l-1$ alone. One layer can merge a few swaps into one, and the next
+# can merge what the first has merged. But a fixed number of layers merges only so many: the model
+# has 32 tokens of text, and four ticks of a clock. Longer games take more layers (at best, the
+# number grows with the logarithm of the length: Liu et al., 2023).
 #
 # ## 3.2 One memory for all layers
 #
@@ -200,8 +203,9 @@ assert found["vanilla, 4 layers"].mean() < 0.6 and found["vanilla, 4 layers"][-1
 # $$
 #
 # $\tau$ is the length of the memory, `mem_len` in the code, and $w$ are $L+1$ learned numbers,
-# one set for the whole model. The attention ends at $m_{t-1}$: step $t$ cannot read its own
-# memory vector, which does not exist yet.
+# one set for the whole model. From $z_t^l$ the layer goes on as always, through residual and
+# feed-forward, to $x_t^l$. The attention ends at $m_{t-1}$: step $t$ cannot read its own memory
+# vector, which does not exist yet.
 #
 # The layer is an ordinary one, except that it looks at *one* step, and that it is handed its keys
 # and values.
@@ -479,6 +483,8 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
+        if tokens.dim() != 2 or tokens.size(1) < 1:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B, T), T >= 1")
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
@@ -582,15 +588,15 @@ def plain_loop(model, tokens):
 #
 # **The third way** keeps the loop and takes autograd out of it. Autograd records every little
 # product of every step, and replays the record backwards: for each step and layer it multiplies
-# small matrices for the errors *and* small matrices for the gradients of the weights. But only
-# the errors have to go step by step. The gradient of a weight, such as $W_q$, is a sum over all
-# steps,
+# small matrices for the errors *and* small matrices for the gradients of the weights. (The
+# *error* at some place is the gradient of the loss there.) But only the errors have to go step by
+# step. The gradient of a weight, such as $W_q$, is a sum over all steps,
 #
 # $$
-# \frac{\partial \mathcal L}{\partial W_q} = \sum_t g_t\, z_t^\top ,
+# \frac{\partial \mathcal L}{\partial W_q} = \sum_t g_t\, u_t^\top ,
 # $$
 #
-# where $g_t$ is the error at the query of step $t$ and $z_t$ what $W_q$ was multiplied with. Keep the
+# where $g_t$ is the error at the query of step $t$ and $u_t$ what $W_q$ was multiplied with. Keep the
 # $g_t$, put them side by side, and the sum is *one* large matrix product. The same goes for the
 # keys: the error at $k_j$ is a sum over all later steps and all layers of (error at the score)
 # times (query).
@@ -630,11 +636,9 @@ def segment(model, x, kv):
 # %%
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
-relu_back = torch.ops.aten.threshold_backward.grad_input
 
 # %% [markdown]
-# Layer norm, forwards and backwards, each as one operation of PyTorch. `g` is always an error:
-# the gradient of the loss at some place.
+# Layer norm, forwards and backwards, each as one operation of PyTorch. `g` is always an error.
 
 # %% tags=["from-module"]
 def normalise(x, gain=None, shift=None):
@@ -698,7 +702,8 @@ class Kept(NamedTuple):
 # %% [markdown]
 # The steps forwards are the loop that you know, written without modules, into tensors that are
 # there already. In inference mode PyTorch leaves out its bookkeeping for autograd, which would cost
-# time at each of these small products.
+# time at each of these small products. The queries of the first layer come from the text alone and
+# need not wait.
 
 # %% tags=["from-module"]
 @outside_autocast
@@ -721,25 +726,28 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
         [x.new_empty(L, B * H, 1, min(M + t, len(positions))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
+    gain_q, shift_q, W_q, *_ = layers[0]  # the lowest queries wait for no step: all at once
+    torch.mul(normalise(kept.states[0], gain_q, shift_q)[0] @ W_q, scale, out=kept.queries[0])
     with torch.inference_mode():  # nothing in the loop is for autograd to see
         steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
         for t, (states, *inside, vector, attention) in enumerate(steps):
             keys, values = kept.seen(t, positions)
             x_t, *outputs = states.unbind()
             rows = zip(layers, *(tensor.unbind() for tensor in [*inside, attention]), outputs)
-            for layer, middle, q, head, hidden, weights, output in rows:
+            for n, (layer, middle, q, head, hidden, weights, output) in enumerate(rows):
                 gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
-                q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
+                if n > 0:
+                    q.addmm_(normalise(x_t, gain_q, shift_q)[0], W_q, beta=0, alpha=scale)
                 scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (N, 1, K)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
                 normed = normalise(middle, gain_1, shift_1)[0]
-                torch.mm(normed, W_1, out=hidden).add_(b_1).relu_()
+                torch.addmm(b_1, normed, W_1, out=hidden).relu_()
                 x_t = torch.addmm(middle, hidden, W_2, out=output).add_(b_2)
             torch.mv(states.flatten(1).T, alpha, out=vector.view(-1))
-            new = (normalise(vector, gain, shift)[0] @ W_kv.T).view(B, 2, H, d_head)
-            kept.kv[..., M + t, :] = new.transpose(0, 1)
+            new = normalise(vector, gain, shift)[0] @ W_kv.T  # (B, 2 * d_model)
+            kept.kv[..., M + t, :] = new.view(B, 2, H, d_head).transpose(0, 1)
     return kept
 
 # %% [markdown]
@@ -763,33 +771,34 @@ def by_step(tensor):
 # %% [markdown]
 # Now one step backwards, from the top layer down. Each line is the line of `run` in reverse. An
 # error reaches a layer's output from the layer above *and*, through the memory vector, from all
-# later steps.
+# later steps. At the bottom it ends with the query: no step waits for the error at the text.
 
 # %% tags=["from-module"]
 def step_back(g_vector, alpha, layers, attention, rows, keys, values):
-    """The errors of one step, from its last layer down to its embedding.
+    """The errors of one step, from its last layer down to the lowest queries.
 
-    g_vector (B, d_model) at the memory vector, of which the share alpha[l] is the input of
-    layer l; rows with what each layer had inside, and with the places of its errors, the
+    g_vector (B, d_model) at the memory vector, of which the share alpha[n] is the input of
+    layer n; rows with what each layer had inside, and with the places of its errors, the
     one at its output filled in. Returns lists over the layers: errors at scores (N, 1, K),
     at heads (N, 1, d_head).
     """
     g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
-    for layer, share, weights, row in reversed(list(zip(layers, alpha, attention, rows))):
-        gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layer
-        hidden, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = row
+    for n in reversed(range(len(layers))):
+        gain_q, _, W_q, W_o, gain_1, _, W_1, _, W_2, _ = layers[n]
+        slope, middle, middle_mean, middle_rstd, x, x_mean, x_rstd, *places = rows[n]
         g, g_hidden, g_middle, g_q, g_x = places
-        relu_back(g @ W_2, hidden, 0, grad_input=g_hidden)
+        torch.mm(g, W_2, out=g_hidden).mul_(slope)  # of the ReLU: 1 where it let through, or 0
         g_normed = normalise_back(g_hidden @ W_1, middle, middle_mean, middle_rstd, gain_1)
         torch.add(g_normed, g, out=g_middle)
-        g_head = (g_middle @ W_o).view(len(weights), 1, -1)  # (N, 1, d_head)
+        g_head = (g_middle @ W_o).view(len(keys), 1, -1)  # (N, 1, d_head)
         g_weights = torch.bmm(g_head, values.mT)  # (N, 1, K)
-        g_score = torch._softmax_backward_data(g_weights, weights, -1, g.dtype)
+        g_score = torch._softmax_backward_data(g_weights, attention[n], -1, g.dtype)
         g_q.view(g_head.shape).baddbmm_(g_score, keys, beta=0, alpha=scale)
-        g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
-        torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=share)
         g_scores.append(g_score)
         g_heads.append(g_head)
+        if n > 0:
+            g_normed = normalise_back(g_q @ W_q, x, x_mean, x_rstd, gain_q)
+            torch.add(g_normed, g_middle, out=g_x).add_(g_vector, alpha=alpha[n])
     return g_scores[::-1], g_heads[::-1]
 
 # %% tags=["from-module"]
@@ -838,7 +847,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     x_hat, *x_stats = normalise(states[:-1])
     middle_hat, *middle_stats = normalise(middles)
     errors = Errors(*map(torch.empty_like, (states, middles, queries, hidden)))
-    inside = hidden, middles, *middle_stats, states[:-1], *x_stats
+    inside = hidden.sign(), middles, *middle_stats, states[:-1], *x_stats
     g, g_middles, g_queries, g_hidden = errors
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
     rows = list(zip(*map(by_step, inside + places)))
@@ -856,7 +865,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
         sums.vectors[t], attention, seen = g_vector, kept.attention[t], kept.seen(t, positions)
-        back = step_back(g_vector, shares, layers, attention.unbind(), [*zip(*rows[r])], *seen)
+        back = step_back(g_vector, shares, layers, attention, [*zip(*rows[r])], *seen)
         g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
         columns = slice(mem_len + r - attention.size(3), mem_len + r)
         left[0, :, row, columns] = g_scores
@@ -864,7 +873,9 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         right[1, :, row] = g_heads
         later, at_row = left[:, :, row, mem_len:], right[:, :, row]
         near.baddbmm_(later.flatten(0, 1).mT, at_row.flatten(0, 1))
-    sums.x[steps] = g[0]
+    (gain_q, _, W_q, *_), stats = layers[0], (stat[0] for stat in x_stats)
+    g_normed = normalise_back(g_queries[0] @ W_q, states[0], *stats, gain_q)
+    sums.x[steps] = g_normed + g_middles[0] + shares[0] * sums.vectors[steps]
     add_slots(first, left, right, C, sums)
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
@@ -963,9 +974,8 @@ class Segment(Function):
         return *g_run, *g_projection, *(g for pair in pairs for g in layer_errors(*pair))
 
 # %% [markdown]
-# Does it hold? `gradcheck` compares the backward pass with differences of the forward pass, in
-# double precision. Then the three ways against each other: logits, and the gradient of every
-# parameter.
+# Does it hold? Compare the three ways, in double precision: logits, and the gradient of every
+# parameter. 40 steps are two blocks and a part of one.
 
 # %%
 def gradients(run):
@@ -989,6 +999,10 @@ for name in ("cache", "by hand"):
     difference = largest_difference(ways[name], ways["plain loop"])
     print(f"{name:8} against the plain loop: {difference:.1e}")
     assert difference < 1e-10
+
+# %% [markdown]
+# And `gradcheck` compares the backward pass with differences of the forward pass, here for three
+# steps of one small layer.
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
@@ -1059,9 +1073,7 @@ assert costs["plain loop"][-1] > 1.1 * costs["cache"][-1] and sorted(gains)[1] >
 # ## 3.4 Train it
 #
 # Tiny Shakespeare, one million characters. This is the loop that all the chapters share, in
-# `memtx_minimal/training.py`. All models of this section get the same text and the same number of
-# steps. The parallel baseline is the Transformer-XL of chapter 1, with as much memory: what is
-# left between the two is feedback.
+# `memtx_minimal/training.py`.
 
 # %%
 corpus = corpora.tiny_shakespeare()
@@ -1111,13 +1123,13 @@ print(corpus.vocab.decode(text[64:]))
 # %%
 torch.manual_seed(SEED)
 tracker = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
-spent, after_lessons = 0.0, []  # (seconds so far, share of right answers in games of 32 swaps)
+spent, after_lessons = 0.0, []  # (seconds so far, share of right answers, loss), games of 32 swaps
 for lesson in LESSONS:
     start = time.perf_counter()
     learn(tracker, [lesson])
     spent += time.perf_counter() - start
-    found["Feedback, 1 layer"] = accuracy(tracker)
-    after_lessons.append((spent, found["Feedback, 1 layer"].mean().item()))
+    found["Feedback, 1 layer"], loss = exam(tracker)
+    after_lessons.append((spent, found["Feedback, 1 layer"].mean().item(), loss.mean().item()))
 
 # %%
 figure, axes = plt.subplots()
@@ -1142,31 +1154,32 @@ assert found["Feedback, 1 layer"].mean() > 0.9
 #
 # ### What memory is made of
 #
-# Which layers must be in the mixture? Train on shorter games, with the layer weights fixed to the
-# embedding alone, to the layer alone, to a plain mean, or learned.
+# Which layers must be in the mixture? Give a model of two layers shorter games, with the layer
+# weights fixed to the embedding alone, to one of the layers alone, to a plain mean, or learned.
 
 # %%
-def fixed(weights):
-    """A tracker whose mixture stays as it is: weights is one number for the embedding, one for the layer."""
-    model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
-    with torch.no_grad():
-        model.memory.layer_weights.copy_(torch.tensor(weights))
-    model.memory.layer_weights.requires_grad_(False)
+def of_mixture(weights=None):
+    """A model whose mixture stays as it is, if weights are given: embedding, layer 1, layer 2."""
+    torch.manual_seed(SEED)
+    model = FeedbackTransformer(**GAMES, n_layers=2, mem_len=32).to(device)
+    if weights is not None:
+        model.memory.layer_weights.data.copy_(torch.tensor(weights))
+        model.memory.layer_weights.requires_grad_(False)
     return model
 
 
 SHORT = LESSONS[:3]  # games of up to 8 swaps
-mixtures = {"embedding": [0.0, -1e9], "layer 1": [-1e9, 0.0], "mean": [0.0, 0.0]}
-made_of = {}
-for name, weights in mixtures.items():
-    torch.manual_seed(SEED)
-    model = fixed(weights)
+none = -1e9  # softmax makes it a weight of zero
+mixtures = {
+    "embedding": of_mixture([0.0, none, none]),
+    "layer 1": of_mixture([none, 0.0, none]),
+    "layer 2": of_mixture([none, none, 0.0]),
+    "mean": of_mixture([0.0, 0.0, 0.0]),
+    "learned": of_mixture(),
+}
+for model in mixtures.values():
     learn(model, SHORT)
-    made_of[name] = accuracy(model, length=8).mean().item()
-torch.manual_seed(SEED)
-model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
-learn(model, SHORT)
-made_of["learned"] = accuracy(model, length=8).mean().item()
+made_of = {name: exam(model, length=8)[0].mean().item() for name, model in mixtures.items()}
 
 # %%
 figure, axes = plt.subplots()
@@ -1176,35 +1189,40 @@ axes.set_title("Memory made of ... (cups, 8 swaps)")
 figures.show(
     figure,
     "Bars of the share of right answers by what memory is made of: low for the embedding alone, and "
-    "higher for the layer alone, the plain mean, and the learned mixture.",
+    "higher for either layer alone, the plain mean, and the learned mixture.",
 )
 for name, share in made_of.items():
     print(f"{name:10} {share:.2f}")
-assert made_of["embedding"] < min(made_of["layer 1"], made_of["mean"], made_of["learned"]) - 0.1
+with_layers = [made_of[name] for name in made_of if name != "embedding"]
+assert made_of["embedding"] < min(with_layers) - 0.1
 
 # %% [markdown]
 # With the embedding alone nothing that a layer has found out is ever handed on: this is a vanilla
-# model in disguise. As soon as the output of the layer is in the mixture, feedback works.
+# model in disguise. As soon as the output of a layer is in the mixture, feedback works. Which
+# layer, and whether the mixture is learned, makes no difference to so simple a task.
 #
 # ### Loss at equal depth
 #
 # Does text profit too? The paper finds that Feedback Transformers of few layers do as well as
-# deeper parallel ones. Here are 1, 2 and 4 layers, two seeds each.
+# deeper parallel ones. Here are 1, 2 and 4 layers, two seeds each, all with the same text and the
+# same number of steps. The parallel baseline is the Transformer-XL of chapter 1. A query sees the
+# latest 32 keys in both (`same_length`). They also differ in their positions, and XL has keys and
+# values for each layer, hence more parameters.
 
 # %%
-def run_once(cls, n_layers, seed):
+def run_once(make, n_layers, seed):
     """A fresh model, trained for STEPS steps: model, validation loss, seconds."""
     torch.manual_seed(seed)
-    model = cls(**SIZES, n_layers=n_layers).to(device)
+    model = make(**SIZES, n_layers=n_layers).to(device)
     _, seconds = fit(model)
     return model, training.evaluate(model, corpus.valid[:20_000], segment_len=T), seconds
 
 
 depths, seeds, trained = [1, 2, 4], [SEED, SEED + 1], {}
 losses, took = {"Feedback": [], "Transformer-XL": []}, {}
-for name, cls in [("Feedback", FeedbackTransformer), ("Transformer-XL", TransformerXL)]:
+for name, make in [("Feedback", FeedbackTransformer), ("Transformer-XL", partial(TransformerXL, same_length=True))]:
     for n_layers in depths:
-        models, values, seconds = zip(*(run_once(cls, n_layers, seed) for seed in seeds))
+        models, values, seconds = zip(*(run_once(make, n_layers, seed) for seed in seeds))
         trained[name, n_layers], took[name, n_layers] = models[0], sum(seconds) / len(seconds)
         losses[name].append(values)
 
@@ -1225,7 +1243,8 @@ figures.show(
 )
 for name, values in losses.items():
     for L, (a, b) in zip(depths, values):
-        print(f"{name:15} {L} layers: {a:.3f} and {b:.3f} nats per character, {took[name, L]:4.1f} seconds")
+        size = sum(p.numel() for p in trained[name, L].parameters())
+        print(f"{name:15} {L} layers, {size:7,} parameters: {a:.3f} and {b:.3f} nats per character, {took[name, L]:4.1f} seconds")
 means = {name: [sum(pair) / 2 for pair in values] for name, values in losses.items()}
 assert all(means[name][0] > means[name][2] for name in means)  # depth helps both
 assert max(abs(a - b) for a, b in zip(*means.values())) < 0.15  # and at equal depth there is little between them
@@ -1254,11 +1273,13 @@ figures.show(
     "Bars of the five weights of the mixture after training: embedding and four layers. A dotted line marks the "
     "even share that they start from.",
 )
+print(f"most: {names[weights.argmax()]}   least: {names[weights.argmin()]}")
 assert (weights - 0.2).abs().max() > 0.005  # they have moved, a little
 
 # %% [markdown]
-# In so short a training the weights have not gone far from the even share. They are five numbers
-# among many thousands, with the learning rate of all others, and any mixture can be undone in
+# In so short a training the weights have not gone far from the even share, and of one seed: there
+# is no sign yet of which layers the text wants in its memory. They are five numbers among many
+# thousands, with the learning rate of all others, and any mixture can be undone in
 # part by the projection behind it. Exercise 5 asks for more.
 #
 # ### Where it looks
@@ -1290,25 +1311,33 @@ assert torch.allclose(by_age.sum(dim=-1), torch.ones(4), atol=1e-4)  # all atten
 edges = [1, 2, 3, 5, 9, 17, 33]
 mass = {f"layer {n + 1}": [row[a - 1 : b - 1].sum() for a, b in zip(edges, edges[1:])] for n, row in enumerate(by_age)}
 figure, axes = plt.subplots()
+for n, (a, b) in enumerate(zip(edges, edges[1:])):
+    axes.plot([n - 0.45, n + 0.45], [(b - a) / T] * 2, "k:", label="even share" if n == 0 else None)
 figures.buckets(axes, edges, mass, xlabel="age of the memory vector (characters)", ylabel="share of attention")
 axes.set_title(f"Attention by age ({corpus.name})")
 figures.show(
     figure,
-    "Attention mass by age of the memory vector in buckets that double in width, for each of the four layers.",
+    "Attention mass by age of the memory vector in buckets that double in width, for each of the four layers. A "
+    "dotted line over each bucket marks an even share: far below the bars at age 1, above them for the oldest.",
 )
-print("age 1 to 4:", "  ".join(f"layer {n + 1}: {row[:4].sum():.2f}" for n, row in enumerate(by_age)))
-assert by_age[:, :4].sum(dim=1).mean() > 2 * 4 / 32  # more than an even share for the youngest
+print("times an even share, age 1:", "  ".join(f"layer {n + 1}: {T * row[0]:.1f}" for n, row in enumerate(by_age)))
+print("    mean of the layers, age 2: {:.1f}  3 to 16: {:.1f}  17 to 32: {:.1f}".format(
+    *(T * by_age[:, a:b].mean() for a, b in [(1, 2), (2, 16), (16, 32)])
+))
+assert by_age[:, 0].mean() > 2 / T and by_age[:, 16:].mean() < 1 / T  # the last vector, at the cost of the oldest
 
 # %% [markdown]
-# The young vectors get far more than an even share. They are also the richest: the vector of age
-# 1 already contains, through its own attention, what the steps before it had found.
+# A bucket is tall also because it is wide: compare with the dotted lines. Only the vector of age 1
+# gets far more than an even share, and the oldest get less. That vector is the only one that knows
+# the letter before, and through its own attention it has read all the others.
 #
 # ## 3.6 Two aids for training
 #
 # ### Short games first
 #
 # The paper starts with short sequences and lengthens them. Is it worth it? Give the same model
-# games of 32 swaps from the start, for about as many seconds as the lessons took.
+# games of 32 swaps from the start, for about as many seconds as the lessons took: in rounds of 40
+# steps, each with new games and, like each lesson, with a fresh optimizer.
 
 # %%
 torch.manual_seed(SEED)
@@ -1316,31 +1345,37 @@ impatient = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
 spent, direct = 0.0, []
 while spent < after_lessons[-1][0]:
     start = time.perf_counter()
-    learn(impatient, [(32, 40, 3e-3)])
+    learn(impatient, [(32, 40, 3e-3)], seed=SEED + len(direct))
     spent += time.perf_counter() - start
-    direct.append((spent, accuracy(impatient).mean().item()))
+    direct.append((spent, *(values.mean().item() for values in exam(impatient))))
 
 # %%
-figure, axes = plt.subplots()
-axes.plot(*zip(*after_lessons), marker="o", label="2, 4, 8, 16, then 32 swaps")
-axes.plot(*zip(*direct), marker="o", label="32 swaps from the start")
-axes.axhline(0.2, color="black", linestyle=":")
-axes.set(xlabel="seconds of training", ylabel="share of right answers, 32 swaps", ylim=(0, 1.03))
-axes.set_title("Short games first (cups, 1 layer)")
-axes.legend()
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.2))
+for name, points in [("2, 4, 8, 16, then 32 swaps", after_lessons), ("32 swaps from the start", direct)]:
+    seconds, shares, losses_ = zip(*points)
+    axes[0].plot(seconds, shares, marker="o", label=name)
+    axes[1].plot(seconds, losses_, marker="o", label=name)
+for ax, guessing in zip(axes, (1 / 5, math.log(5))):
+    ax.axhline(guessing, color="black", linestyle=":")
+    ax.set_xlabel("seconds of training")
+axes[0].set(ylabel="share of right answers", ylim=(0, 1.03), title="Cups, games of 32 swaps")
+axes[1].set(ylabel="loss (nats per swap)", ylim=(0, None), title="One layer; dotted: guessing")
+axes[0].legend(fontsize=8, loc="center right")
 figures.show(
     figure,
-    "Share of right answers in games of 32 swaps against seconds of training. With games of growing length it "
-    "rises to near one; with long games from the start it stays low.",
+    "Share of right answers and loss in games of 32 swaps against seconds of training. With games of growing length "
+    "the share rises to near one, and the loss falls to near zero after a rise far above guessing; with long games "
+    "from the start both leave pure guessing slowly.",
 )
 print(f"short games first: {after_lessons[-1][1]:.2f}   long games from the start: {direct[-1][1]:.2f}")
 assert after_lessons[-1][1] > direct[-1][1] + 0.2
 
 # %% [markdown]
 # The order of lessons decides. In a long game that is lost after the first swaps, nearly all of
-# the loss is noise. In a game of two swaps, the one update that must be learned stands alone. The
-# learning rate falls as the games grow: a recurrence of many steps multiplies its errors, and at
-# a high rate it breaks.
+# the loss is noise. In a game of two swaps, the one update that must be learned stands alone. (After
+# the first lessons the loss in long games is far above that of guessing: the model is as sure of
+# itself as in the short ones, and wrong.) The learning rate falls as the games grow: a recurrence of
+# many steps multiplies its errors, and at a high rate it may break.
 #
 # ### Start from a parallel model
 #
@@ -1355,9 +1390,14 @@ def start_from_parallel(model, vanilla):
     where the layers share one, it is the mean of theirs. Vanilla knows no ages and no
     mixture of layers: the positions and the layer weights stay as they are.
     """
-    if len(model.layers) != len(vanilla.layers):
-        sizes = f"{len(vanilla.layers)} layers, model {len(model.layers)}"
-        raise ValueError(f"vanilla has {sizes}: build both with the same n_layers")
+    for name, ours, theirs in [
+        ("n_layers", len(model.layers), len(vanilla.layers)),
+        ("n_heads", model.memory.n_heads, vanilla.layers[0].attention.n_heads),
+        ("vocab_size, d_model", *(tuple(m.embedding.weight.shape) for m in (model, vanilla))),
+        ("d_ff", *(m.layers[0].feed_forward[0].out_features for m in (model, vanilla))),
+    ]:
+        if ours != theirs:
+            raise ValueError(f"{name}: {ours} here, {theirs} in vanilla: build both alike")
     for name in ("embedding", "norm", "head"):
         getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
     projections = []
@@ -1385,7 +1425,7 @@ start_from_parallel(warm, vanilla)
 second = fit(warm, steps=STEPS // 2)
 
 # %%
-def times(history, after=0.0, width=25):
+def times(history, after=0.0, width=5):
     """Seconds and smoothed losses of a training, which began `after` seconds."""
     losses, seconds = history
     smooth = figures.smooth(losses, width)
@@ -1394,10 +1434,10 @@ def times(history, after=0.0, width=25):
 
 figure, axes = plt.subplots()
 axes.plot(*times(scratch), label="Feedback from the start")
-axes.plot(*times(first), color=figures.GREY, label="first in parallel (vanilla) ...")
+axes.plot(*times(first), color="black", linestyle="--", label="first in parallel (vanilla) ...")
 axes.plot(*times(second, after=first[1]), label="... then Feedback")
 axes.set(xlabel="seconds of training", ylabel="training loss (nats per character)")
-axes.set_title(f"Starting from a parallel model ({corpus.name})")
+axes.set_title(f"By way of a parallel model; means of 5 steps ({corpus.name})")
 axes.legend()
 figures.show(
     figure,
@@ -1414,7 +1454,7 @@ assert copied < fresh - 0.5
 # %% [markdown]
 # The copied weights are worth something: the model starts far below a fresh one, although its
 # positions are new, and its mixture of layers is not what the copied projections were trained to
-# read. But the parallel training took its own seconds, and the two curves run close together. At
+# read. But the parallel training took its own seconds, and at equal seconds the copy is not ahead. At
 # this size a Feedback Transformer is only a few times slower than a parallel one, and there is
 # little to save. The aid is meant for models and lengths where the difference is greater.
 #
@@ -1521,9 +1561,10 @@ for marker, size, (name, values) in zip("osd", (11, 6, 6), cache.items()):
 axes[0].set(xlabel="layers", ylabel="bytes per token", ylim=(0, None), title="cache; dotted: computed")
 figures.curves(
     axes[1], lengths, {name: [b / 2**20 for b in values] for name, values in kept.items()}, marker="o",
-    xlabel="length of the segment (tokens)", ylabel="MiB",
+    xlabel="length of the segment (tokens)", ylabel="kept for backward (MiB)",
 )
-axes[1].set(yscale="log", title="kept for backward (2 layers)")
+axes[1].set(xscale="log", yscale="log", title="2 layers, batch 16")
+axes[1].set_xticks(lengths, labels=lengths)
 axes[1].set_yticks([2, 5, 10, 20, 50, 100], labels=["2", "5", "10", "20", "50", "100"])
 axes[1].minorticks_off()
 for ax in axes:
@@ -1550,9 +1591,11 @@ assert kept["Feedback, by hand"][-1] < 2 * kept["vanilla"][-1]
 # | --- | --- | --- |
 # | the memory has a norm of its own | pre-LN: the norm of the layer, tied across layers where keys and values are shared | the memory is made once for all layers; its norm can be too |
 # | a hand-written backward pass for a segment | autograd, with a buffer that is written in place | speed; and nothing that is written in place can be wrong when two passes overlap |
-# | the hand-written pass has no dropout: with dropout the loop runs | dropout everywhere | a shorter file; at this size nothing overfits |
+# | the hand-written pass has no dropout: with dropout the loop runs | autograd, with dropout | a shorter file; at this size nothing overfits |
+# | dropout on the embedding, on attention weights, and on what each sub-layer adds | on attention weights and inside the feed-forward | as in the other chapters |
+# | the first step sees nothing | the released code starts from a memory of zero vectors, which take part in the softmax | a text should not depend on how many empty slots there are |
 # | a fixed window of `mem_len` | for text, a window whose length each head learns (adaptive span) | one idea at a time |
-# | the output projection of attention starts as PyTorch starts it | divided by $\sqrt{2L}$ in the released code | not needed with four layers |
+# | the last projections of attention and feed-forward start as PyTorch starts them | divided by $\sqrt{2L}$ in the released code | not needed with four layers |
 # | a copy of vanilla weights drops its positions | parallel and feedback models share their kind of position | chapter 1 has the kind that would fit; the baseline stays simple |
 # | models of some hundred thousand parameters, seconds of training | up to 139 million (WikiText-103), days | what a notebook can do |
 #
@@ -1566,12 +1609,13 @@ assert kept["Feedback, by hand"][-1] < 2 * kept["vanilla"][-1]
 # are others. A written chain is feedback through the text: the top layer's output becomes the
 # bottom layer's input.
 # - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase
-# family (from authors of this paper) hand states back once a block, so that a block stays
+# family (from one of the authors of this paper) hand states back once a block, so that a block stays
 # parallel.
 # - **Strictly sequential training** did not last. On hardware that lives off large products, its
 # price is what you measured above; linear recurrences, such as state space models, gave up
 # expressive power to get rid of it.
-#
+
+# %% [markdown]
 # ## 3.10 Exercises
 #
 # 1. *(10 minutes)* How many layers can information pass on its way from a token to the prediction
@@ -1623,6 +1667,16 @@ def check_clock(my_clock):
 #
 # - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar: [Addressing Some Limitations of
 # Transformers with Feedback Memory](https://arxiv.org/abs/2002.09402). 2020.
+# - B. Liu et al.: [Transformers Learn Shortcuts to Automata](https://arxiv.org/abs/2210.10749).
+# ICLR 2023.
+# - D. Hutchins et al.: [Block-Recurrent Transformers](https://arxiv.org/abs/2203.07852). NeurIPS
+# 2022.
+# - D. Ju et al.: [Staircase Attention for Recurrent Processing of
+# Sequences](https://arxiv.org/abs/2106.04279). 2021.
+# - W. Brandon et al.: [Reducing Transformer Key-Value Cache Size with Cross-Layer
+# Attention](https://arxiv.org/abs/2405.12981). 2024.
+# - Y. Sun et al.: [You Only Cache Once: Decoder-Decoder Architectures for Language
+# Models](https://arxiv.org/abs/2405.05254). NeurIPS 2024.
 # - P. Shaw, J. Uszkoreit, A. Vaswani: [Self-Attention with Relative Position
 # Representations](https://arxiv.org/abs/1803.02155). NAACL 2018.
 # - Z. Dai et al.: [Transformer-XL: Attentive Language Models Beyond a Fixed-Length
