@@ -91,9 +91,10 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
         [x.new_empty(L, B * H, 1, min(M + t, len(positions))) for t in range(T)],
     )
     kept.states[0] = x.transpose(0, 1)
-    gain_q, shift_q, W_q, *_ = layers[0]  # the lowest queries wait for no step: all at once
-    torch.mul(normalise(kept.states[0], gain_q, shift_q)[0] @ W_q, scale, out=kept.queries[0])
-    with torch.inference_mode():  # nothing in the loop is for autograd to see
+    with torch.inference_mode():  # nothing here is for autograd to see
+        gain_q, shift_q, W_q, *_ = layers[0]  # the lowest queries wait for no step: all at once
+        normed = normalise(kept.states[0], gain_q, shift_q)[0]
+        torch.mul(normed @ W_q, scale, out=kept.queries[0])  # (T, B, d_model)
         steps = zip(*(tensor.unbind(1) for tensor in kept[:5]), kept.vectors, kept.attention)
         for t, (states, *inside, vector, attention) in enumerate(steps):
             keys, values = kept.seen(t, positions)
