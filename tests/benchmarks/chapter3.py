@@ -33,19 +33,24 @@ class LabmlFeedback(nn.Module):
 
 
 class Lucidrains(nn.Module):
-    """feedback-transformer-pytorch one token at a time, as in the paper. Its memory would keep its graph: each segment starts without."""
+    """feedback-transformer-pytorch one token at a time, as in the paper. Its memory would keep its graph: each segment starts without.
 
-    def __init__(self, d_model, n_heads, n_layers, d_ff, mem_len=MEMORY, seq_len=1):
+    Its feed-forward is gated: at the same d_ff, three matrices where the others have two. narrow: of a width that gives it no more weights.
+    """
+
+    def __init__(self, d_model, n_heads, n_layers, d_ff, mem_len=MEMORY, seq_len=1, narrow=False):
         super().__init__()
         from feedback_transformer_pytorch import FeedbackTransformer
 
-        # its feed-forward is gated, with three matrices where the others have two: mult 2 comes nearest in size and is the smaller one
-        assert d_ff == 4 * d_model
+        assert d_ff == 4 * d_model  # the package knows no other
         self.model = FeedbackTransformer(
             num_tokens=VOCAB, dim=d_model, depth=n_layers, mem_len=mem_len, seq_len=seq_len, heads=n_heads, dim_head=d_model // n_heads
         )
-        for _, feed_forward in self.model.layers:
-            feed_forward.fn.fn.net = type(feed_forward.fn.fn)(dim=d_model, mult=2).net
+        if narrow:
+            width = 2 * d_ff // 3 // 16 * 16  # whole vectors of the processor: 336 for 512
+            for _, feed_forward in self.model.layers:
+                net = feed_forward.fn.fn.net
+                net[0], net[3] = nn.Linear(d_model, 2 * width), nn.Linear(width, d_model)
 
     def forward(self, tokens, memory):
         return self.model(tokens), None
@@ -76,6 +81,7 @@ def against_public():
         training("labml shared", LabmlFeedback(True, **SIZE), batch_first=False, steps=2),
         training("labml per layer", LabmlFeedback(False, **SIZE), batch_first=False, steps=2),
         training("lucidrains", Lucidrains(**SIZE), steps=2),
+        training("lucidrains narrow", Lucidrains(**SIZE, narrow=True), steps=2),
     ]
 
 
@@ -164,13 +170,15 @@ ROWS = [
         "name": "feedback-train-public",
         "compares": f"{STEP}: FeedbackTransformer, each segment without memory from the one before as in the packages (and, to be told, with a "
         "full memory of 64); labml-nn 0.5.1's versions with keys and values shared and per layer; feedback-transformer-pytorch 0.0.11 with "
-        "seq_len 1, memory 64, its gated feed-forward narrowed to the same number of weights",
+        "seq_len 1, memory 64, whose feed-forward is gated and so has half as many weights again (and, to be told, narrow: with no more weights "
+        "in all than ours)",
         "sides": against_public,
         "reach": [
             "labml shared / ours >= 3",
             "labml per layer / ours >= 3",
             "lucidrains / ours >= 3",
             "lucidrains / ours with memory",
+            "lucidrains narrow / ours",
         ],
         "rounds": 5,
         "public": True,
