@@ -567,6 +567,6 @@ def test_without_gradients_nothing_is_kept():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_reversible_gradients_on_cuda():
-    for work in (once, twice):
+    for work in (once, several):
         make_on = lambda r: make(dropout=0.4, reversible=r).cuda()
         torch.testing.assert_close(gradients(make_on(True), work), gradients(make_on(False), work))
