@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memtx_minimal import feedback_transformer as module
 from memtx_minimal.feedback_segment import BLOCK, Segment
 from memtx_minimal.feedback_transformer import ROOM, FeedbackTransformer, start_from_parallel
-from memtx_minimal.measure import nbytes, record_attention
+from memtx_minimal.measure import bytes_for_backward, nbytes, record_attention
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 from test_models import SMALL, read, tokens
 
@@ -426,6 +427,38 @@ def test_dropout_at_work_takes_the_loop():
     model.by_hand = False
     torch.manual_seed(1)
     assert_same(gradients(model, lambda: model(text)[0]), fast)
+
+
+@pytest.mark.parametrize(
+    "dropout, training, shared_kv, by_hand, way",
+    [
+        (0.0, True, True, True, "hand"),
+        (0.5, False, True, True, "hand"),
+        (0.5, True, True, True, "loop"),
+        (0.0, True, False, True, "loop"),
+        (0.0, True, True, False, "loop"),
+    ],
+)
+def test_by_hand_wherever_it_applies(monkeypatch, dropout, training, shared_kv, by_hand, way):
+    """The numbers are the same either way, so only the calls tell."""
+    calls = []
+    for name in ("loop", "run", "segment"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, f=original: (calls.append(name), f(*args))[1])
+    model = make(dropout=dropout, shared_kv=shared_kv, by_hand=by_hand).train(training)
+    model(tokens(2, 3))
+    with torch.no_grad():
+        model(tokens(2, 3))
+    assert calls == {"hand": ["segment", "run"], "loop": ["loop", "loop"]}[way]
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_kept_for_backward_grows_evenly_with_the_segment(by_hand):
+    """A step keeps what it sees, mem_len slots at most, and nothing of the slots that it does not see."""
+    model = make(by_hand=by_hand)
+    memory = model(tokens(2, 6))[1]
+    kept = [bytes_for_backward(model, lambda T=T: model(tokens(2, T), memory)[0].sum()) for T in (8, 16, 24)]
+    assert kept[2] - kept[1] == kept[1] - kept[0]
 
 
 def test_a_frozen_part_gets_no_gradient_and_changes_no_other():
