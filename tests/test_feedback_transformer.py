@@ -375,6 +375,11 @@ def test_autocast_stays_outside():
     assert cache.kv.dtype == torch.float32 and logits.isfinite().all()
 
 
+def test_memory_vectors_carry_no_gradient_out_of_the_segment():
+    outputs, vectors = Segment.apply(*arguments())
+    assert outputs.requires_grad and not vectors.requires_grad
+
+
 def test_a_second_derivative_is_refused():
     leaves = arguments()
     (grad,) = torch.autograd.grad(Segment.apply(*leaves)[0].square().sum(), leaves[0], create_graph=True)
