@@ -65,6 +65,17 @@ def test_dilated_convolution_sees_past_its_group_and_no_farther_than_its_gaps():
     assert felt.min() == 10 - 3 and felt.max() == 11 + 3
 
 
+def test_dilated_convolution_adds_to_each_state_what_its_neighbours_say():
+    f_c, old = COMPRESSIONS["dilated"](4, 2).double(), states(1, 20, 4)
+
+    def convolve(conv, x, t, gap):
+        return (conv.bias + sum(conv.weight[:, :, n + 1] @ x[t + n * gap] for n in (-1, 0, 1))).relu()
+
+    near = {t: convolve(f_c.near, old[0], t, gap=1) for t in range(8, 14)}
+    group = torch.cat([old[0, t] + convolve(f_c.far, near, t, gap=2) for t in (10, 11)])
+    torch.testing.assert_close(f_c(old)[0, 5], f_c.kernel(group))
+
+
 def test_most_used_keeps_the_most_used_in_their_order():
     old = torch.arange(6.0)[None, :, None]  # (1, 6, 1)
     used = torch.tensor([[0.1, 0.7, 0.2, 0.9, 0.05, 0.8]])
@@ -328,6 +339,7 @@ def test_the_compression_loss_comes_in_training_only():
 
 
 def test_invalid_arguments_are_refused_early():
+    make(mem_len=1, compression_rate=1, compressed_len=0)  # the smallest
     with pytest.raises(ValueError, match="mem_len=30 is not a positive multiple of compression_rate=4: use 28 or 32"):
         make(mem_len=30, compression_rate=4)
     with pytest.raises(ValueError, match="mem_len=2 is not a positive multiple of compression_rate=4: use 4$"):

@@ -90,7 +90,7 @@ def test_scores_are_the_four_terms_of_the_paper(M):
                 )
             weights = torch.stack(scores).softmax(0)
             heads[i, h] = sum(w * (W_v[h] @ context[0, j]) for j, w in enumerate(weights))
-    torch.testing.assert_close(layer(context, R, mask)[0], layer.out(heads.flatten(1)))
+    torch.testing.assert_close(layer(context, R, mask)[0], heads.flatten(1) @ layer.out.weight.mT)
 
 
 # ------------------------------------------------------------------ recurrence
