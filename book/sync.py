@@ -103,7 +103,7 @@ def first_difference(a, b):
 
 
 def percent(nb):
-    """The .py of a notebook. That the two are a pair stands in pyproject.toml, for all notebooks, not in each."""
+    """The .py of a notebook. That the two are a pair stands in pyproject.toml, for all notebooks: taken out of this one, if it is there."""
     nb.metadata.pop("jupytext", None)
     return jupytext.writes(nb, fmt=PERCENT)
 
@@ -218,9 +218,9 @@ def sync(root=ROOT, check=False):
         for more, faults in [sync_modules(nb, name, modules), sync_generated(nb, name, url)]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
+            write(py, percent(nb))
             if not ipynb.exists() or nb != nbformat.read(ipynb, as_version=4):
                 write(ipynb, nbformat.writes(nb) + "\n")
-            write(py, percent(nb))
         drift += changes
         picture, copy = readme_figure(nb), root / "book" / "_static" / "readme.png"
         if picture and (not copy.exists() or copy.read_bytes() != picture):

@@ -147,6 +147,7 @@ def test_the_newer_file_of_a_pair_wins(tree, newer, older):
     assert after.cells[3].source == "shift(1)  # two" and "# two" in (tree / "notebooks/01_tiny.py").read_text()
     assert [c.id for c in after.cells] == [c.id for c in before.cells]
     assert after.cells[3].outputs == before.cells[3].outputs
+    assert "jupytext" not in after.metadata  # the pair stands in pyproject.toml
 
 
 @pytest.mark.parametrize("gone", ["py", "ipynb"])
