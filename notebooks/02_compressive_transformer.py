@@ -491,7 +491,8 @@ def read_piece(model, tokens, memory):
     columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
     R = model.dropout(sinusoid(columns, x.size(-1)).to(x.dtype))  # (K + 1, d_model)
     updated, losses = [], []
-    for layer, remember, (compressed, recent) in zip(model.layers, model.memories, memory):
+    stack = zip(model.layers, model.memories, memory, strict=True)
+    for layer, remember, (compressed, recent) in stack:
         context = torch.cat([compressed, recent, x], dim=1)  # (B, K, d_model)
         *parts, loss = remember(layer, x, compressed, recent)
         updated.append(parts), losses.append(loss)

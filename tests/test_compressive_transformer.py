@@ -362,6 +362,8 @@ def test_invalid_arguments_are_refused_early():
     _, memory = model(tokens(2, 4))
     with pytest.raises(ValueError, match="memory of 2 streams.*3"):
         model(tokens(3, 4), memory)
+    with pytest.raises(ValueError, match="shorter"):
+        model(tokens(2, 4), memory[:-1])  # of a model with fewer layers
     for before in (None, memory):
         with pytest.raises(ValueError, match="tokens of length 0: give at least one"):
             model(tokens(2, 0), before)

@@ -209,7 +209,26 @@ def test_clamp_len_merges_far_distances_and_leaves_near_ones():
     assert not torch.allclose(a[:, 6:], b[:, 6:])
 
 
+@pytest.mark.parametrize("clamp_len, rows", [(None, [5, 4, 3, 2, 1, 0]), (3, [3, 3, 3, 2, 1, 0])])
+def test_every_layer_gets_the_rows_of_R_by_distance(clamp_len, rows):
+    """With dropout on them, as on the embeddings (the authors' code)."""
+    model, seen = make(mem_len=2, clamp_len=clamp_len, dropout=0.5), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(args[1]))
+    memory = model(tokens(1, 2))[1]
+    expected = sinusoid(torch.tensor(rows), 16).double()  # 2 in memory, 3 in the segment, and one distance more
+    for train in False, True:
+        seen.clear()
+        model.train(train)(tokens(1, 3), memory)
+        assert len(seen) == len(model.layers)
+        for R in seen:
+            dropped = R == 0 if train else torch.zeros_like(R, dtype=torch.bool)
+            torch.testing.assert_close(R, (1 + train) * expected.masked_fill(dropped, 0))
+    assert 0.2 < dropped.double().mean() < 0.8
+
+
 def test_invalid_arguments_are_refused_early():
+    make(clamp_len=1), make(mem_len=1, same_length=True)  # the smallest
     with pytest.raises(ValueError, match="mem_len=-1 is not >= 0"):
         make(mem_len=-1)
     with pytest.raises(ValueError, match="mem_len=0 is not >= 1"):
@@ -224,3 +243,5 @@ def test_invalid_arguments_are_refused_early():
     _, memory = model(tokens(2, 4))
     with pytest.raises(ValueError, match="memory of 2 streams.*3"):
         model(tokens(3, 4), memory)
+    with pytest.raises(ValueError, match="shorter"):
+        model(tokens(2, 4), memory[:-1])  # of a model with fewer layers
