@@ -214,7 +214,7 @@ def test_many_buckets_are_met_nearly(n_buckets):
     assert len(buckets.unique()) > 0.25 * min(n_buckets, 3000)
 
 
-@pytest.mark.parametrize("n_buckets, dtype", [(256, torch.uint8), (2**15, torch.int16), (2**16, torch.int32)])
+@pytest.mark.parametrize("n_buckets, dtype", [(256, torch.uint8), (512, torch.int16), (2**15, torch.int16), (2**16, torch.int32)])
 def test_buckets_take_few_bytes_and_do_not_overflow(n_buckets, dtype):
     buckets = hash_vectors(torch.randn(1, 1, 3000, 16), n_buckets, 1, seed=0)
     assert buckets.dtype == dtype and buckets.min() >= 0 and buckets.max() > n_buckets / 2
