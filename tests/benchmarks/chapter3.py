@@ -35,7 +35,7 @@ class LabmlFeedback(nn.Module):
 class Lucidrains(nn.Module):
     """feedback-transformer-pytorch one token at a time, as in the paper. Its memory would keep its graph: each segment starts without.
 
-    Its feed-forward is gated: at the same d_ff, three matrices where the others have two. narrow: of a width that gives it no more weights.
+    Its feed-forward is gated: at the same d_ff, three matrices where the others have two. narrow: no more weights in all than ours.
     """
 
     def __init__(self, d_model, n_heads, n_layers, d_ff, mem_len=MEMORY, seq_len=1, narrow=False):
