@@ -17,6 +17,8 @@ import torch
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
 
+from memtx_minimal import inputs
+
 BLOCK = 16  # steps in a block
 norm_back = torch.ops.aten.native_layer_norm_backward.default
 
@@ -41,7 +43,7 @@ def outside_autocast(work):
     """Without autocast, so that the loops compute with the numbers that they are given."""
 
     def work_outside(first, tensor, *rest):
-        with torch.autocast(tensor.device.type, enabled=False):
+        with inputs.autocast(tensor.device.type, enabled=False):
             return work(first, tensor, *rest)
 
     return work_outside

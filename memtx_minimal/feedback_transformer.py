@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from memtx_minimal import inputs
 from memtx_minimal.feedback_segment import Segment, run
 
 
@@ -132,20 +133,22 @@ class Cache(NamedTuple):
         return Cache(pad(kv, (0, 0, 0, room)), end, [end])
 
 
+torch.serialization.add_safe_globals([Cache])  # so that torch.load reads one
+
+
 def recall(model, memory, x):
     """The caller's memory, checked -> vectors with gradients, a Cache without."""
     ages, trains = len(model.memory.positions), torch.is_grad_enabled()
-    if not 1 <= model.mem_len <= ages:
-        raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
+    inputs.check_number("mem_len", model.mem_len, 1, ages)
     if trains and isinstance(memory, Cache):
         raise ValueError("a memory made under no_grad does not train: start with None")
-    memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
-    streams = memory.kv.size(2) if isinstance(memory, Cache) else len(memory)
-    if streams != len(x):
-        raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
-    if trains or isinstance(memory, Cache):
+    if isinstance(memory, Cache):
+        by_stream = (2, 4), (0, 1)  # (B, slots, n_kv, 2, H, d_head)
+        like = model.memory.keys_values(x[:, :0]).type_as(x).movedim(*by_stream)
+        inputs.checked_memory(memory.kv.movedim(*by_stream), like)
         return memory
-    return Cache.of(model.memory.keys_values(memory).type_as(x))
+    memory = inputs.checked_memory(memory, x[:, :0].detach())  # nothing yet: (B, 0, d_model)
+    return memory if trains else Cache.of(model.memory.keys_values(memory).type_as(x))
 
 
 def from_vectors(model, x, vectors, by_hand):
@@ -185,8 +188,8 @@ class FeedbackTransformer(nn.Module):
         mem_len=64, shared_kv=True, by_hand=True, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        if d_model % n_heads or mem_len < 1:
-            raise ValueError(f"{d_model=} must be a multiple of {n_heads=}, {mem_len=} >= 1")
+        inputs.check_sizes(locals())
+        inputs.check_number("mem_len", mem_len, 1)
         self.mem_len, self.shared_kv, self.by_hand = mem_len, shared_kv, by_hand
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -196,8 +199,7 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        if tokens.dim() != 2 or tokens.size(1) < 1:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B, T), T >= 1")
+        inputs.check_tokens(tokens, self.embedding.num_embeddings)
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0

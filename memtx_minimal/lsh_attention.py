@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from memtx_minimal import inputs
+
 SELF, NEVER = -1e5, -1e9  # eq. 16: yourself, if nothing else is there; keys outside the set
 LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x), and exp2 is fast for masked scores
 PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
@@ -141,7 +143,7 @@ def full_precision(method):
     """Keeps autocast out of forward and backward, which must get the same scores."""
 
     def outside_autocast(ctx, x, *rest):
-        with torch.autocast(x.device.type, enabled=False):
+        with inputs.autocast(x.device.type, enabled=False):
             return method(ctx, x, *rest)
 
     return outside_autocast
@@ -211,9 +213,7 @@ class Settings:
     duplicates: bool = True  # count a key once that several rounds find: -log N_ij
 
     def __setattr__(self, name, value):
-        least = {"chunk_len": 1}.get(name, 0)
-        if value < least:
-            raise ValueError(f"{name}={value} is not >= {least}")
+        inputs.check_sizes({name: value})
         object.__setattr__(self, name, value)
 
     def arguments(self):
@@ -227,7 +227,7 @@ class LSHAttention(nn.Module):
 
     def __init__(self, d_model, n_heads, settings, dropout=0.0, seed=0):
         super().__init__()
-        self.n_heads, self.settings, self.seed, self.step = n_heads, settings, seed, 0
+        self.n_heads, self.settings, self.seed = n_heads, settings, seed
         self.norm, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
         self.query_value = nn.Linear(d_model, 2 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
@@ -238,20 +238,22 @@ class LSHAttention(nn.Module):
         q, v = qv.permute(2, 0, 3, 1, 4)
         return q, F.normalize(q, dim=-1), v
 
-    def hash(self, q):
-        """Buckets (R, B, H, T), by rotations new at each step of training; None: see all."""
+    def hash(self, q, seed=None):
+        """Buckets (R, B, H, T), by the rotations of a seed; None: see all."""
         chunk_len, n_rounds = self.settings.chunk_len, self.settings.n_rounds
         if n_rounds == 0 or q.size(2) <= 2 * chunk_len:
             return None  # two chunks see nearly all anyway, and exact attention costs no more
-        self.step += self.training
-        seed = self.seed + 1000 * self.step * self.training
         n_buckets = 2 * math.ceil(q.size(2) / chunk_len)  # so that c = 2 T / n_buckets
+        seed = self.seed if seed is None else seed
         return hash_vectors(q.detach(), n_buckets, n_rounds, seed)
 
     def forward(self, x, buckets=None):
         """x (B, T, d_model), buckets if known -> change (B, T, d_model), buckets."""
         q, k, v = self.heads(x)
-        buckets = self.hash(q) if buckets is None else buckets
+        # Training hashes anew each time. Drawn even where buckets are known, so that what
+        # is computed a second time finds the same random numbers behind it.
+        seed = int(torch.randint(2**31, ())) if self.training else None
+        buckets = self.hash(q, seed) if buckets is None else buckets
         if buckets is None:
             y = F.scaled_dot_product_attention(q, k, v, exact_mask(q), scale=1.0)
         else:

@@ -13,16 +13,19 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from memtx_minimal import inputs
 from memtx_minimal.lsh_attention import LSHAttention, Settings, attention_weights
 
 
 def random_state(device, state=None):
-    """The state of the device's random numbers, from now on `state` if one is given."""
-    numbers = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch)
+    """The states of the random numbers on the CPU and on the device; sets them to `state`."""
+    here = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
     where = [device] if device.type == "cuda" else []
     if state is not None:
-        numbers.set_rng_state(state, *where)
-    return numbers.get_rng_state(*where)
+        torch.set_rng_state(state[0])
+        if here:
+            here.set_rng_state(state[1], *where)
+    return torch.get_rng_state(), here.get_rng_state(*where) if here else None
 
 
 def couple(block, x, y, kept=None):
@@ -34,18 +37,18 @@ def couple(block, x, y, kept=None):
     return torch.cat(pieces, dim=1), kept
 
 
-def run(blocks, x, kept=None, random=False):
+def run(blocks, x, kept=None):
     """x (B, T, d_model) through all blocks, as two streams x1 and x2. Eq. 7 to 9.
 
-    Puts in kept, for each block, the state of the random numbers if wanted, and buckets.
+    Puts in kept, for each block, the states of the random numbers before it, and buckets.
     """
     x1 = x2 = x
     for block in blocks:
-        state = random_state(x.device) if random else None
+        states = random_state(x.device)
         changed, buckets = couple(block, x2, x1)
         x1, x2 = x2, changed
         if kept is not None:
-            kept += [state, buckets]
+            kept += [*states, buckets]
     return x1, x2
 
 
@@ -57,7 +60,7 @@ def uncouple(block, x, y, dx, dy, kept, autocast):
     own, grads, ys, dxs = [p for p in block.parameters() if p.requires_grad], [], [], []
     pieces = (t.split(block.piece_len or x.size(1), dim=1) for t in (x, y, dx, dy))
     for read, changed, d_read, d_changed in zip(*pieces):
-        with torch.enable_grad(), torch.autocast(x.device.type, **autocast):
+        with torch.enable_grad(), inputs.autocast(x.device.type, **autocast):
             read = read.detach().requires_grad_()
             change, _ = block(read, kept)
         d, *more = torch.autograd.grad(change, [read, *own], d_changed.to(change.dtype))
@@ -83,13 +86,11 @@ class Reversible(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, blocks, random, *parameters):
+    def forward(ctx, x, blocks, *parameters):
         ctx.blocks, ctx.modes, device = blocks, modes(blocks), x.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        ctx.autocast = dict(enabled=enabled, dtype=dtype, cache_enabled=False)
-        kept = []
-        with torch.autocast(device, **ctx.autocast):
-            y = torch.cat(run(blocks, x, kept, random), dim=-1)
+        ctx.autocast, kept = inputs.autocast_settings(device), []
+        with inputs.autocast(device, **ctx.autocast):
+            y = torch.cat(run(blocks, x, kept), dim=-1)
         ctx.save_for_backward(y, *kept, *parameters)  # whoever changes one in place is told
         return y
 
@@ -103,11 +104,12 @@ class Reversible(torch.autograd.Function):
         (x1, x2), (d1, d2), grads = y.chunk(2, dim=-1), dy.chunk(2, dim=-1), []
         now = random_state(y.device)
         for n, block in reversed(list(enumerate(ctx.blocks))):
-            random_state(y.device, kept[2 * n])
-            before, d, own = uncouple(block, x1, x2, d1, d2, kept[2 * n + 1], ctx.autocast)
+            *states, buckets = kept[3 * n : 3 * n + 3]
+            random_state(y.device, states)
+            before, d, own = uncouple(block, x1, x2, d1, d2, buckets, ctx.autocast)
             x1, x2, d1, d2, grads = before, x1, d2, d, own + grads
         random_state(y.device, now)
-        return d1 + d2, None, None, *grads
+        return d1 + d2, None, *grads
 
 
 class FeedForward(nn.Module):
@@ -155,10 +157,8 @@ class Reformer(nn.Module):
         n_rounds=2, axial_shape=(16, 64), piece_len=512, reversible=True, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        if d_model % (2 * n_heads):
-            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
-        if len(axial_shape) != 2 or piece_len < 1:
-            raise ValueError(f"{axial_shape=} is not a pair, or {piece_len=} is not >= 1")
+        inputs.check_sizes(locals())
+        inputs.check_pair("axial_shape", axial_shape)
         self.max_len, self.reversible = math.prod(axial_shape), reversible
         self.settings = Settings(chunk_len, n_rounds)
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -170,17 +170,15 @@ class Reformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(2 * d_model), nn.Linear(2 * d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        T = tokens.size(1)
-        if not 1 <= T <= self.max_len:
-            raise ValueError(f"{T} tokens do not fit the window: pass 1 to {self.max_len}")
-        x = self.dropout(self.embedding(tokens) + self.positions(T))  # (B, T, d_model)
+        inputs.check_tokens(tokens, self.embedding.num_embeddings, self.max_len)
+        memory, positions = inputs.checked_memory(memory, None), self.positions(tokens.size(1))
+        x = self.dropout(self.embedding(tokens) + positions)  # (B, T, d_model)
         if self.reversible:
             learned = [p for p in self.blocks.parameters() if p.requires_grad]
-            random = self.training and self.dropout.p > 0
-            x = Reversible.apply(x, self.blocks, random, *learned)  # (B, T, 2 * d_model)
+            x = Reversible.apply(x, self.blocks, *learned)  # (B, T, 2 * d_model)
         else:
             x = torch.cat(run(self.blocks, x), dim=-1)
-        return self.head(self.norm(x)), None
+        return self.head(self.norm(x)), memory
 
 
 @torch.no_grad()

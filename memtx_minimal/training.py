@@ -1,15 +1,19 @@
 """One visible loop for all the models: train on a stream, evaluate along it, generate from it.
 
-All that is asked of a model: `logits, memory, *aux = model(tokens, memory)`. The memory is handed from one
-segment to the next and never looked into; aux are losses to be added to the cross-entropy.
+All that is asked of a model: `logits, memory, *aux = model(tokens, memory)`. The memory is
+handed from one segment to the next and never looked into; aux are losses to be added to
+the cross-entropy.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
+from memtx_minimal import inputs
 from memtx_minimal.corpora import lanes
 
 
@@ -27,90 +31,242 @@ def device_of(model):
 
 def autocast(device):
     """bfloat16 matrix products on CUDA, float32 everywhere else."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def unwrapped(model):
+    """The model inside wrappers that call it `module`, such as DistributedDataParallel."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
 def warmup_cosine(step, steps, warmup):
-    """Factor on the learning rate: a line from 0 to 1 over `warmup` steps, then half a cosine down to 0."""
+    """Factor on the learning rate: up from 0 to 1 in `warmup` steps, then half a cosine down."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def endless(stream, batch_size, segment_len):
-    """(tokens, targets, at_start) over and over; at_start is True where the stream starts anew."""
+    """(tokens, targets, at_start) over and over; at_start: the stream starts anew."""
     while True:
         for k, (tokens, targets) in enumerate(lanes(stream, batch_size, segment_len)):
             yield tokens, targets, k == 0
 
 
-def clip_groups(model):
-    """Lists of parameters whose gradients are clipped apart: all in one, unless the model says otherwise.
+def batches(stream, device, batch_size, segment_len):
+    """What a model is trained on, (tokens, targets, at_start): a stream (N,) in lanes, over
+    and over, or what an iterator yields, as long as it does."""
+    if isinstance(stream, torch.Tensor):
+        stream = endless(stream.to(device), batch_size, segment_len)
+    valid = "pass a tensor (N,) of tokens, or an iterator of (tokens, targets, at_start)"
+    if not hasattr(stream, "__iter__"):
+        raise ValueError(f"{stream!r} is no stream: {valid}")
+    for batch in stream:
+        if not isinstance(batch, (tuple, list)) or len(batch) < 3:
+            raise ValueError(f"the stream yields a {type(batch).__name__}: {valid}")
+        yield batch[0].to(device), batch[1].to(device), batch[2]
 
-    A model that trains a part with a loss of its own says so by a method `clip_groups`: the size of one
-    loss then never changes the step that another takes.
+
+def adamw(model, lr, weight_decay):
+    """AdamW that decays matrices alone: no biases, no norms, no embeddings."""
+    inputs.check_number("lr", lr, 0)
+    inputs.check_number("weight_decay", weight_decay, 0)
+    matrices = {
+        m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d))
+    }
+    matrices -= {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    rest = [p for p in model.parameters() if p not in matrices]
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p in matrices],
+            "weight_decay": weight_decay,
+        },
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def clip_groups(model):
+    """Lists of parameters whose gradients are clipped apart: one, unless the model says more.
+
+    A model that trains a part with a loss of its own says so by a method `clip_groups`: the
+    size of one loss then never changes the step that another takes.
     """
-    return model.clip_groups() if hasattr(model, "clip_groups") else [list(model.parameters())]
+    model = unwrapped(model)
+    return (
+        model.clip_groups()
+        if hasattr(model, "clip_groups")
+        else [list(model.parameters())]
+    )
+
+
+def cross_entropy(logits, targets):
+    """Nats per target, over the targets that count: those that are not -100.
+
+    logits (B, T, vocab_size), targets (B, T) -> scalar; 0 if none counts.
+    """
+    total = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def check_finite(losses, step, lr):
+    """FloatingPointError, with the likely cause, if a loss is not a finite number."""
+    if not all(loss.isfinite() for loss in losses):
+        values = ", ".join(f"{loss.item():.4g}" for loss in losses)
+        cause = (
+            f"lower lr ({lr})"
+            if step
+            else "the weights were not finite before any step"
+        )
+        raise FloatingPointError(f"loss {values} at step {step}: {cause}")
+
+
+def bits_per_character(nats):
+    """A loss in nats per character in bits, as papers on characters give it."""
+    return nats / math.log(2)
+
+
+class Groups(list):
+    """A memory of streams that did not all start together: (rows, their memory) for each
+    group of streams that did."""
+
+
+def read(model, tokens, memory, at_start=False):
+    """A segment by the model: logits (B, T, vocab_size), memory, losses.
+
+    at_start, a bool or one for each stream (B,), forgets what came before. Streams with
+    memories of unequal length are read apart, so that each sees what it would see alone; as
+    soon as their lengths agree, they are read together again.
+    """
+    starts = torch.as_tensor(at_start).cpu().expand(len(tokens))  # (B,)
+    if starts.all():
+        return model(tokens, None)
+    if not isinstance(memory, Groups):
+        if not starts.any():
+            return model(tokens, memory)
+        memory = Groups([(torch.arange(len(tokens)), memory)])
+    groups = {}  # by the shapes of their memories, of which None is one
+    if starts.any():
+        groups[None] = [(torch.where(starts)[0], None)]
+    for rows, past in memory:
+        go_on = ~starts[rows]
+        if go_on.any():
+            past = by_tensor(lambda m: m[go_on], past)
+            groups.setdefault(shapes(past), []).append((rows[go_on], past))
+    memory, outputs = Groups(), []
+    for group in groups.values():
+        rows, pasts = (
+            torch.cat([rows for rows, _ in group]),
+            [past for _, past in group],
+        )
+        past = by_tensor(lambda *parts: torch.cat(parts), *pasts)
+        logits, past, *aux = model(tokens[rows], past)
+        memory.append((rows, past))
+        outputs.append((logits, [len(rows) / len(tokens) * loss for loss in aux]))
+    order = torch.cat([rows for rows, _ in memory]).argsort()
+    logits = torch.cat([logits for logits, _ in outputs])[order]
+    aux = [sum(losses) for losses in zip(*(aux for _, aux in outputs))]
+    if len(memory) == 1:
+        memory = by_tensor(lambda m: m[order], memory[0][1])
+    return logits, memory, *aux
+
+
+def by_tensor(work, *memories):
+    """Memories of one form -> a memory of that form, made of them tensor by tensor."""
+    first = memories[0]
+    if isinstance(first, torch.Tensor):
+        return work(*memories)
+    if first is None:
+        return None
+    return type(first)(by_tensor(work, *parts) for parts in zip(*memories))
+
+
+def shapes(memory):
+    """The shapes of a memory's tensors, but for the number of streams."""
+    if isinstance(memory, torch.Tensor):
+        return tuple(memory.shape[1:])
+    return memory and tuple(shapes(part) for part in memory)
 
 
 def train(
     model, stream, *, steps, batch_size=32, segment_len=64, lr=3e-3, warmup=50,
     weight_decay=0.01, clip=1.0, valid=None, valid_every=None, progress=True,
 ):  # fmt: skip
-    """Train a model on a stream of token ids (N,), in place, with memory from segment to segment.
+    """Train a model on a stream of tokens (N,), in place, memory going along.
 
-    In place of a stream you may pass an endless iterator of (tokens, targets, at_start, ...), such as a
-    task made up as it goes; targets of -100 do not count, and at_start True forgets the memory.
-    AdamW, warm-up and cosine decay, gradients clipped at norm `clip`. With `valid` (another stream)
-    the model is evaluated every `valid_every` steps and after the last, in as many lanes and in
-    segments as long as those of the training. Returns the history:
-    {"loss": nats per token, one a step; "valid": [(steps done, nats per token), ...]}.
-    A loss that is not finite raises FloatingPointError. Ctrl-C returns the history so far.
+    In place of a stream you may pass an iterator of (tokens, targets, at_start, ...), such
+    as a task made up as it goes; it ends the training where it ends. Targets of -100 do not
+    count. at_start, one bool or one for each stream (B,), forgets the memory. AdamW, no
+    decay on norms, biases and embeddings; warm-up and cosine; gradients clipped at `clip`.
+    With `valid`, another stream, the model is evaluated every `valid_every` steps and at
+    the end, in segments as long as those of the training. Returns the history: "loss", nats
+    per token, one a step (nan where no target counted); "aux", a tuple of the other losses,
+    one a step; "valid", [(steps done, nats per token), ...]. A loss that is not finite
+    raises FloatingPointError. Ctrl-C returns the history so far.
     """
-    device, history, memory = device_of(model), {"loss": [], "valid": []}, None
-    if isinstance(stream, torch.Tensor):
-        stream = endless(stream.to(device), batch_size, segment_len)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    sizes = {"batch_size": batch_size, "segment_len": segment_len}
+    inputs.check_sizes(
+        sizes | {"steps": steps, "warmup": warmup, "valid_every": valid_every}
+    )
+    inputs.check_positive("clip", clip)
+    device, memory, history = (
+        device_of(model),
+        None,
+        {"loss": [], "aux": [], "valid": []},
+    )
+    optimizer = adamw(model, lr, weight_decay)
     bar = tqdm(range(steps), leave=False, disable=not progress, mininterval=0.5)
     model.train()
     try:
-        for step in bar:
-            tokens, targets, at_start, *_ = next(stream)
-            tokens, targets = tokens.to(device), targets.to(device)
-            if at_start:
-                memory = None
+        for step, batch in zip(bar, batches(stream, device, **sizes)):
+            tokens, targets, at_start = batch
             for group in optimizer.param_groups:
                 group["lr"] = lr * warmup_cosine(step, steps, warmup)
             with autocast(device):
-                logits, memory, *aux = model(tokens, memory)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            if not all(value.isfinite() for value in (loss, *aux)):
-                raise FloatingPointError(
-                    f"loss {loss.item()} at step {step}: lower lr ({lr}) or clip ({clip})"
-                )
-            optimizer.zero_grad()
-            sum(aux, loss).backward()
-            for parameters in clip_groups(model):
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
+                logits, memory, *aux = read(model, tokens, memory, at_start)
+            loss = cross_entropy(logits, targets)
+            check_finite([loss, *aux], step, lr)
+            counts = bool((targets != -100).any())
+            if counts or aux:
+                optimizer.zero_grad()
+                sum(aux, loss).backward()
+                for parameters in clip_groups(model):
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                optimizer.step()
 
-            history["loss"].append(loss.item())
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            if valid is not None and (
-                (valid_every and (step + 1) % valid_every == 0) or step + 1 == steps
-            ):
-                sizes = dict(batch_size=min(batch_size, len(valid) - 1), segment_len=segment_len)
-                history["valid"].append((step + 1, evaluate(model, valid, **sizes)))
-                model.train()
+            history["loss"].append(loss.item() if counts else math.nan)
+            history["aux"].append(tuple(value.item() for value in aux))
+            bar.set_postfix_str(f"loss {history['loss'][-1]:.3f}", refresh=False)
+            if valid_every and (step + 1) % valid_every == 0:
+                validate(model, valid, history, sizes)
+        if valid is not None:
+            validate(model, valid, history, sizes)
+        if len(history["loss"]) < steps:
+            print(f"the stream ended after {len(history['loss'])} of {steps} steps")
     except KeyboardInterrupt:
         print(f"stopped after {len(history['loss'])} of {steps} steps")
     model.eval()
     return history
 
 
+def validate(model, valid, history, sizes):
+    """Append the loss along another stream to the history, if this step has none yet."""
+    step = len(history["loss"])
+    if [done for done, _ in history["valid"][-1:]] != [step]:
+        fitting = sizes | {"batch_size": min(sizes["batch_size"], len(valid) - 1)}
+        history["valid"].append((step, evaluate(model, valid, **fitting)))
+        model.train()
+
+
 @torch.inference_mode()
 def token_losses(model, stream, *, batch_size=32, segment_len=64):
-    """Loss of every token of the stream's lanes, (batch_size, tokens a lane), in nats, on the CPU.
+    """Loss of each token of the stream's lanes, (batch_size, tokens a lane), in nats, on the CPU.
 
     The stream is read once from its start; the memory goes along, and is nobody else's.
     """
@@ -119,41 +275,74 @@ def token_losses(model, stream, *, batch_size=32, segment_len=64):
     for tokens, targets in lanes(stream.to(device), batch_size, segment_len):
         with autocast(device):
             logits, memory, *_ = model(tokens, memory)
-        losses.append(F.cross_entropy(logits.float().mT, targets, reduction="none"))  # (B, T)
+        losses.append(
+            F.cross_entropy(logits.float().mT, targets, reduction="none")
+        )  # (B, T)
     return torch.cat(losses, dim=1).cpu()
 
 
 def evaluate(model, stream, *, batch_size=32, segment_len=64):
-    """Mean loss along a stream in nats per token, with memory from segment to segment."""
-    return token_losses(model, stream, batch_size=batch_size, segment_len=segment_len).mean().item()
+    """Mean loss along a stream in nats per token, memory going along from segment to segment."""
+    return (
+        token_losses(model, stream, batch_size=batch_size, segment_len=segment_len)
+        .mean()
+        .item()
+    )
+
+
+def remembers(memory):
+    """Whether a memory holds anything."""
+    if isinstance(memory, torch.Tensor):
+        return memory.numel() > 0
+    return isinstance(memory, (list, tuple)) and any(map(remembers, memory))
 
 
 @torch.inference_mode()
-def generate(model, prompt, n_tokens, *, temperature=1.0, top_k=None, seed=0):
-    """Continue a prompt (N,) of token ids by n_tokens sampled ones; returns prompt and continuation.
+def generate(
+    model, prompt, n_tokens, *, temperature=1.0, top_k=None, seed=0, stop=None
+):
+    """Continue a prompt (N,), or several of one length (B, N), by n_tokens sampled tokens.
 
-    A model with memory is fed each token once; one without re-reads its last max_len tokens at every
-    step. temperature 0 takes the likeliest token; top_k keeps only the k likeliest.
+    Returns prompt and continuation, (N + n_tokens,) or (B, N + n_tokens), on the CPU. A
+    model with memory is fed each token once; one without reads its last max_len tokens, or
+    all, anew for each. temperature 0 takes the likeliest token; top_k keeps only the k
+    likeliest. A text ends with the token `stop`; where others go on, it is filled up with
+    that token, and when all have ended, so does the generation.
     """
-    if len(prompt) == 0:
-        raise ValueError("the prompt is empty: give at least one token")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f"temperature {temperature} must be >= 0 and top_k {top_k} >= 1 (or None)")
+    if (
+        not isinstance(prompt, torch.Tensor)
+        or prompt.dim() not in (1, 2)
+        or not prompt.numel()
+    ):
+        raise ValueError(
+            "the prompt must be tokens (N,) or (B, N), N >= 1, in a tensor"
+        )
+    inputs.check_sizes({"n_tokens": n_tokens, "top_k": top_k})
+    inputs.check_number("temperature", temperature, 0)
     model.eval()
     device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
-    window = getattr(model, "max_len", len(prompt) + n_tokens)
-    text, memory = prompt.to(device), None
-    unread = text[-window:]
+    text, memory = torch.atleast_2d(prompt).to(device), None  # (B, N)
+    window = getattr(unwrapped(model), "max_len", text.size(1) + n_tokens)
+    ended = torch.zeros(len(text), 1, dtype=torch.bool)
     for _ in range(n_tokens):
-        logits, memory, *_ = model(unread[None], memory)
-        scores = logits[0, -1].float().cpu()  # (vocab_size,)
+        unread = text[:, -1:] if remembers(memory) else text[:, -window:]
+        with autocast(device):
+            logits, memory, *_ = model(unread, memory)
+        scores = logits[:, -1].float().cpu()  # (B, vocab_size)
         if top_k is not None:
-            scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
+            least = scores.topk(min(top_k, scores.size(-1))).values[:, -1:]
+            scores[scores < least] = -math.inf
         if temperature == 0:
-            new = scores.argmax(dim=-1, keepdim=True)
+            new = scores.argmax(dim=-1, keepdim=True)  # (B, 1)
         else:
-            new = torch.multinomial((scores / temperature).softmax(-1), 1, generator=generator)
-        text = torch.cat([text, new.to(device)])
-        unread = text[-window:] if memory is None else text[-1:]
-    return text.cpu()
+            new = torch.multinomial(
+                (scores / temperature).softmax(-1), 1, generator=generator
+            )
+        if stop is not None:
+            new[ended] = stop
+            ended |= new == stop
+        text = torch.cat([text, new.to(device)], dim=1)
+        if ended.all():
+            break
+    return text.view(*prompt.shape[:-1], -1).cpu()

@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memtx_minimal import inputs
+
 
 def sinusoid(positions, d_model):
     """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani et al., section 3.5."""
-    evens = torch.arange(0, d_model, 2, device=positions.device)  # (d_model / 2,)
-    wavelengths = 10_000 ** (evens / d_model)
-    angles = positions[:, None] / wavelengths
+    inputs.check_even("d_model", d_model)
+    evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    angles = positions[:, None] / wavelengths  # in float32, whatever the model's dtype
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -62,20 +65,17 @@ class Layer(nn.Module):
 class VanillaTransformer(nn.Module):
     """A language model with absolute positions and no memory.
 
-    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It takes a memory argument
-    only to share the protocol of the other models, ignores it, and returns None in its place.
+    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It has no memory: it
+    takes and returns None, only to share the protocol of the other models.
     """
 
     def __init__(
         self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, max_len=64, dropout=0.0
     ):  # fmt: skip
         super().__init__()
-        if d_model % (2 * n_heads):
-            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
+        inputs.check_sizes(locals(), even=["d_model"])
         self.max_len = max_len
         self.embedding = nn.Embedding(vocab_size, d_model)
-        positions = sinusoid(torch.arange(max_len), d_model)  # (max_len, d_model)
-        self.register_buffer("positions", positions, persistent=False)
         self.dropout = nn.Dropout(dropout)
         stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
         self.layers = nn.ModuleList(stack)
@@ -83,10 +83,11 @@ class VanillaTransformer(nn.Module):
         self.head = nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        T = tokens.size(1)
-        if not 1 <= T <= self.max_len:
-            raise ValueError(f"{T} tokens do not fit the window: pass 1 to {self.max_len}")
-        x = self.dropout(self.embedding(tokens) + self.positions[:T])  # (B, T, d_model)
+        inputs.check_tokens(tokens, self.embedding.num_embeddings, self.max_len)
+        memory = inputs.checked_memory(memory, None)  # there is none
+        x = self.embedding(tokens)  # (B, T, d_model)
+        positions = torch.arange(x.size(1), device=x.device)
+        x = self.dropout(x + sinusoid(positions, x.size(-1)).to(x.dtype))
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x)), None
+        return self.head(self.norm(x)), memory

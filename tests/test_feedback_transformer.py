@@ -479,14 +479,15 @@ def test_a_frozen_part_gets_no_gradient_and_changes_no_other():
 # ------------------------------------------------------------------ training aids
 
 
-def test_starting_from_a_parallel_transformer_maps_every_weight():
+def test_starting_from_a_parallel_transformer_maps_every_weight(monkeypatch):
     """One layer, memory of the embedding alone, no positions: then Feedback is vanilla that cannot see itself."""
     torch.manual_seed(0)
     vanilla = VanillaTransformer(**SMALL | dict(n_layers=1), max_len=12).double()
     for p in vanilla.parameters():
         torch.nn.init.normal_(p, std=0.3)
     torch.nn.init.zeros_(vanilla.layers[0].norm_attention.bias)
-    vanilla.positions.zero_()
+    nowhere = lambda positions, d_model: torch.zeros(len(positions), d_model)  # noqa: E731
+    monkeypatch.setattr("memtx_minimal.vanilla_transformer.sinusoid", nowhere)
     for shared_kv in (True, False):
         model = make(n_layers=1, mem_len=12, shared_kv=shared_kv)
         start_from_parallel(model, vanilla)
@@ -538,17 +539,10 @@ def test_weights_of_another_size_are_refused_and_nothing_is_copied(other, messag
 # ------------------------------------------------------------------ errors
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
-@pytest.mark.parametrize("shape", [(2, 0), (5,)])
-def test_tokens_of_another_shape_are_refused(by_hand, shape):
-    with pytest.raises(ValueError, match="pass .B, T., T >= 1"):
-        make(by_hand=by_hand)(torch.zeros(shape, dtype=torch.int64))
-
-
 def test_invalid_arguments_are_refused_early():
-    with pytest.raises(ValueError, match="mem_len=0 >= 1"):
+    with pytest.raises(ValueError, match="mem_len=0 is not a number >= 1"):
         make(mem_len=0)
-    with pytest.raises(ValueError, match="d_model=16 must be a multiple of n_heads=3"):
+    with pytest.raises(ValueError, match="d_model=16 is not a multiple of n_heads=3"):
         make(n_heads=3)
     model = make()
     _, memory = model(tokens(2, 4))
@@ -561,5 +555,5 @@ def test_invalid_arguments_are_refused_early():
     with pytest.raises(ValueError, match="start with None"):
         model(tokens(2, 4), cache)
     model.mem_len = 7
-    with pytest.raises(ValueError, match="mem_len=7: this model knows the ages 1 to 6"):
+    with pytest.raises(ValueError, match="mem_len=7 is not a number in 1 ... 6"):
         model(tokens(2, 4))

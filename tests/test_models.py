@@ -70,7 +70,7 @@ def test_a_changed_token_leaves_past_logits_untouched(name, changed, segment_len
     model = MODELS[name]().double().eval()
     if name == "reformer hashed":  # a bucket is a choice made of the content: what holds, holds for given buckets
         for attention in model.blocks[::2]:
-            attention.hash = lambda q: torch.arange(q.size(2)).expand(2, *q.shape[:3]) * 5 % 7
+            attention.hash = lambda q, seed: torch.arange(q.size(2)).expand(2, *q.shape[:3]) * 5 % 7
     text = tokens(2, 20)
     other = text.clone()
     other[:, changed] = (other[:, changed] + 1) % 11
@@ -115,8 +115,8 @@ def test_dropout_is_silent_in_evaluation():
     "cls", [VanillaTransformer, TransformerXL, CompressiveTransformer, Reformer]
 )
 def test_head_sizes_that_do_not_fit_are_refused(cls):
-    with pytest.raises(ValueError, match="multiple of 2 [*] n_heads = 8"):
-        cls(vocab_size=11, d_model=20, n_heads=4)
+    with pytest.raises(ValueError, match="multiple of n_heads=3"):
+        cls(vocab_size=11, d_model=20, n_heads=3)
 
 
 def test_vanilla_refuses_windows_longer_than_max_len():

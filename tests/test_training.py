@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_models import MODELS, SMALL, tokens
 
-from memtx_minimal import training
+from memtx_minimal import tasks, training
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
     broken = fresh()
     with torch.no_grad():
         broken.head.bias[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="loss nan at step 0: lower lr"):
+    with pytest.raises(FloatingPointError, match="loss nan at step 0: the weights were not finite"):
         training.train(broken, cycle(500), steps=5, batch_size=4, segment_len=8, progress=False)
 
 
@@ -187,7 +187,184 @@ def test_token_losses_agree_with_one_long_reading(name):
         torch.testing.assert_close(losses[1, start : start + 5], expected)
 
 
+# ------------------------------------------------------------------ what counts, who starts, what decays
+
+
+def test_a_segment_without_targets_adds_nothing_and_memory_goes_on():
+    """Fault 3. Such a segment changes no weight; the next one reads the memory of it."""
+
+    def stream(silent):
+        for step in range(3):
+            text = tokens(4, 9, seed=step)
+            targets = torch.full((4, 8), -100) if step == silent else text[:, 1:]
+            yield text[:, :-1], targets, step == 0
+
+    def trained(steps, silent=1):
+        model = fresh()
+        history = training.train(model, stream(silent), steps=steps, warmup=1, progress=False)
+        return model, history
+
+    (one, _), (two, silence), (three, _) = trained(1), trained(2), trained(3)
+    assert math.isnan(silence["loss"][1]) and math.isfinite(silence["loss"][0])
+    assert not all(torch.equal(p, q) for p, q in zip(two.parameters(), three.parameters()))
+    torch.manual_seed(0)
+    alone = fresh()
+    training.train(alone, stream(None), steps=0, progress=False)
+    for p, q in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(p, q)
+
+
+def test_training_on_recall_from_the_first_segment_on():
+    history = training.train(
+        TransformerXL(**SMALL | dict(vocab_size=44), mem_len=8), tasks.recall(4, 8),
+        steps=60, progress=False,
+    )  # fmt: skip
+    assert len(history["loss"]) == 60 and math.isfinite(history["loss"][-1])
+
+
+def test_a_finite_iterator_ends_the_training(capsys):
+    def three():
+        for step in range(3):
+            yield tokens(4, 8, seed=step), tokens(4, 8, seed=9), False
+
+    history = training.train(fresh(), three(), steps=60, valid=cycle(100), progress=False)
+    assert len(history["loss"]) == 3 and [step for step, _ in history["valid"]] == [3]
+    assert "the stream ended after 3 of 60 steps" in capsys.readouterr().out
+
+
+def test_a_stream_is_not_read_beyond_its_steps():
+    batches = iter([(tokens(2, 4), tokens(2, 4), False)] * 5)
+    training.train(fresh(), batches, steps=3, progress=False)
+    assert len(list(batches)) == 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streams_start_anew_one_by_one(name):
+    """at_start (B,): each stream sees what it would see alone, whoever starts beside it."""
+    model, text, memory, logits = fresh(name).double().train(), tokens(4, 24), None, []
+    if hasattr(model, "blocks"):
+        model.eval()  # training draws new rotations at each call
+    starts = torch.zeros(6, 4, dtype=torch.bool)
+    starts[0], starts[1, 2], starts[2, :2], starts[4, 2:] = True, True, True, True
+    for segment, at_start in zip(text.split(4, dim=1), starts):
+        out, memory, *aux = training.read(model, segment, memory, at_start)
+        logits.append(out)
+    for row in range(4):
+        past = None
+        for n, segment in enumerate(text[row : row + 1].split(4, dim=1)):
+            out, past, *_ = model(segment, None if starts[n, row] else past)
+            torch.testing.assert_close(logits[n][row : row + 1], out)
+    sum(aux, out.sum()).backward()
+
+
+def test_streams_of_one_age_are_read_together():
+    """As soon as all memories are full, one call reads all streams again."""
+    calls = []
+
+    class Spy(TransformerXL):
+        def forward(self, tokens, memory=None):
+            calls.append(len(tokens))
+            return super().forward(tokens, memory)
+
+    model, memory = Spy(**SMALL, mem_len=6), None
+    for start in [True, torch.tensor([False, True, False]), False, False, False]:
+        _, memory = training.read(model, tokens(3, 4), memory, start)
+    assert calls == [3, 1, 2, 1, 2, 3, 3] and isinstance(memory, list) and len(memory[0]) == 3
+
+
+def test_losses_of_groups_are_weighted_by_their_streams():
+    class WithAux(TransformerXL):
+        def forward(self, tokens, memory=None):
+            return *super().forward(tokens, memory), tokens.double().mean()
+
+    model = WithAux(**SMALL, mem_len=6)
+    _, memory, _ = training.read(model, tokens(3, 4), None)
+    *_, aux = training.read(model, tokens(3, 4), memory, torch.tensor([False, True, False]))
+    torch.testing.assert_close(aux, tokens(3, 4).double().mean())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_matrices_decay_and_nothing_else(name):
+    model = fresh(name)
+    optimizer = training.adamw(model, 0.1, 0.01)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)) and parameter.dim() > 1
+            assert decay.pop(id(parameter)) == (0.01 if matrix else 0)
+    assert not decay
+
+
+def test_a_weight_shared_with_an_embedding_does_not_decay():
+    tied = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11, bias=False))
+    tied[1].weight = tied[0].weight
+    (group,) = training.adamw(tied, 0.1, 0.01).param_groups
+    assert group["weight_decay"] == 0 and len(group["params"]) == 1
+
+
+def test_the_history_has_the_other_losses_beside_the_cross_entropy():
+    history = training.train(
+        fresh("compressive"), cycle(500), steps=4, batch_size=4, segment_len=8, progress=False
+    )
+    assert [len(aux) for aux in history["aux"]] == [1] * 4
+    assert all(loss > 0 for (loss,) in history["aux"][1:])
+    assert training.train(fresh(), cycle(90), steps=1, batch_size=2, progress=False)["aux"] == [()]
+
+
+def test_bits_per_character():
+    assert training.bits_per_character(math.log(8)) == pytest.approx(3)
+
+
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel holds a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def test_wrapped_models_are_clipped_and_generate_as_they_are():
+    """Fault 7: what a model says of itself is asked of the model, not of a wrapper around it."""
+    compressive, vanilla = fresh("compressive"), VanillaTransformer(**SMALL, max_len=8)
+    assert len(training.clip_groups(Wrapper(Wrapper(compressive)))) == 2
+    text = training.generate(vanilla, tokens(1, 5)[0], 20)
+    assert torch.equal(training.generate(Wrapper(vanilla), tokens(1, 5)[0], 20), text)
+
+
 # ------------------------------------------------------------------ generation
+
+
+def test_a_batch_of_prompts_continues_as_each_alone_would():
+    writer, prompts = fresh().double(), tokens(3, 5)
+    together = training.generate(writer, prompts, 12, temperature=0)
+    assert together.shape == (3, 17)
+    for prompt, text in zip(prompts, together):
+        assert torch.equal(training.generate(writer, prompt, 12, temperature=0), text)
+
+
+def test_a_stop_token_ends_each_text_and_then_the_generation():
+    writer, prompts = fresh(), tokens(6, 3)
+    plain = training.generate(writer, prompts, 40, seed=3)
+    ended = training.generate(writer, prompts, 40, seed=3, stop=7)
+    lengths = []
+    for before, text in zip(plain, ended):
+        new = text[3:].tolist()
+        n = new.index(7) if 7 in new else len(new)
+        assert new[:n] == before[3 : 3 + n].tolist() and set(new[n:]) <= {7}
+        lengths.append(n + 1)
+    assert ended.size(1) == 3 + min(40, max(lengths))
+    assert training.generate(writer, prompts[0], 40, seed=3, stop=7).dim() == 1
+
+
+def test_a_model_trained_without_memory_rereads_the_text():
+    writer = TransformerXL(**SMALL, mem_len=0).double().eval()
+    text = training.generate(writer, tokens(1, 5)[0], 10, temperature=0)
+    for n in range(5, 15):
+        with torch.no_grad():
+            assert writer(text[None, :n])[0][0, -1].argmax() == text[n]
 
 
 @pytest.mark.parametrize("segment", [None, 1])
@@ -241,15 +418,44 @@ def test_sampling_leaves_the_global_generator_alone():
 @pytest.mark.parametrize(
     "kw, words",
     [
-        (dict(temperature=-1), "temperature -1"),
-        (dict(top_k=0), "top_k 0"),
-        (dict(prompt=[]), "empty"),
+        (dict(temperature=-1), "temperature=-1 is not a number >= 0"),
+        (dict(temperature=float("nan")), "temperature=nan is not a number >= 0"),
+        (dict(top_k=0), "top_k=0 is not a whole number >= 1, nor None"),
+        (dict(n_tokens=-1), "n_tokens=-1 is not a whole number >= 0"),
+        (dict(n_tokens=2.5), "n_tokens=2.5 is not a whole number >= 0"),
+        (dict(prompt=torch.tensor([], dtype=torch.int64)), "the prompt must be tokens"),
+        (dict(prompt="To be"), "the prompt must be tokens .N,. or .B, N., N >= 1, in a tensor"),
+        (dict(prompt=[1, 2]), "the prompt must be tokens"),
+        (dict(prompt=torch.tensor([1.0])), "torch.float32; pass a tensor .B, T. of torch.int64"),
+        (dict(prompt=torch.tensor([99])), "token 99: this vocabulary has 0 ... 10"),
     ],
 )
 def test_invalid_requests_are_refused(kw, words):
-    prompt = torch.tensor(kw.pop("prompt", [1]), dtype=torch.int64)
+    request = dict(prompt=torch.tensor([1]), n_tokens=3) | kw
     with pytest.raises(ValueError, match=words):
-        training.generate(fresh(), prompt, 3, **kw)
+        training.generate(fresh(), **request)
+
+
+@pytest.mark.parametrize(
+    "kw, words",
+    [
+        (dict(steps=-1), "steps=-1 is not a whole number >= 0"),
+        (dict(steps=2.5), "steps=2.5 is not"),
+        (dict(batch_size=0), "batch_size=0 is not a whole number >= 1"),
+        (dict(segment_len=0), "segment_len=0 is not"),
+        (dict(valid_every=0), "valid_every=0 is not a whole number >= 1, nor None"),
+        (dict(clip=0), "clip=0 is not above 0"),
+        (dict(lr=-1), "lr=-1 is not a number >= 0"),
+        (dict(weight_decay=-1), "weight_decay=-1 is not a number >= 0"),
+        (dict(stream=[1, 2, 3]), "an iterator of .tokens, targets, at_start."),
+        (dict(stream=[(tokens(2, 4), tokens(2, 4))]), "an iterator of .tokens, targets, at_start."),
+        (dict(stream=7), "a tensor .N,. of tokens, or an iterator"),
+    ],
+)
+def test_invalid_trainings_are_refused(kw, words):
+    request = dict(stream=cycle(100), steps=3, batch_size=4, segment_len=8) | kw
+    with pytest.raises(ValueError, match=words):
+        training.train(fresh(), request.pop("stream"), **request, progress=False)
 
 
 def test_progress_bar_leaves_nothing_behind(capsys):
