@@ -1,1 +1,10 @@
 """How transformers remember: the code that the notebooks teach, one compact file for each paper."""
+
+__version__ = "0.1.0"
+
+
+def load(path):
+    """A trained model and its vocabulary from a checkpoint: see `checkpoints.load`."""
+    from memtx_minimal import checkpoints  # imports torch: not before it is wanted
+
+    return checkpoints.load(path)

@@ -1,11 +1,11 @@
 """Compressive Transformer: what is too old to keep is kept in fewer states.
 
 Rae et al., "Compressive Transformers for Long-Range Sequence Modelling", ICLR 2020
-(arXiv 1911.05507). Transformer-XL with a second, coarser memory behind the first: states
-that leave the memory are compressed, c into one, and stay for c times as long.
+(arXiv 1911.05507). Transformer-XL with a second, coarser memory behind the first:
+states that leave the memory are compressed, c into one, and stay for c times as long.
 
-Letters in the shape comments: B batch, T tokens in the segment, M states in memory, C in
-compressed memory, K = C + M + T keys, O old states that leave the memory, c the rate.
+Letters in the shape comments: B batch, T tokens in the segment, M states in memory, C
+in compressed memory, K = C + M + T keys, O old states that leave memory, c the rate.
 """
 
 import math
@@ -39,7 +39,7 @@ class MeanPooling(MaxPooling):
 
 
 class Convolution(nn.Module):
-    """A convolution with kernel and stride c: one matrix for c old states side by side."""
+    """A convolution with kernel and stride c: one matrix for c states side by side."""
 
     def __init__(self, d_model, rate):
         super().__init__()
@@ -50,7 +50,7 @@ class Convolution(nn.Module):
 
 
 class DilatedConvolution(Convolution):
-    """The same, after convolutions with dilations 1 and 2 let old states see neighbours."""
+    """The same, after convolutions with dilations 1 and 2 have mixed neighbours in."""
 
     def __init__(self, d_model, rate):
         super().__init__(d_model, rate)
@@ -74,27 +74,28 @@ class MostUsed(MaxPooling):
 
 
 def by_content(layer, h, states):
-    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model), in a layer.
+    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model).
 
-    Everything stands still but `states`: no gradient reaches h or the layer. Section 3.2.
+    Everything stands still but `states`: no gradient reaches h or the layer (3.2).
     """
     norm, attention = layer.norm_attention, layer.attention
     W_q, W_kv = attention.query.weight.detach(), attention.key_value.weight.detach()
     gain, bias = norm.weight.detach(), norm.bias.detach()
     h, states = (F.layer_norm(x, gain.shape, gain, bias) for x in (h.detach(), states))
     k, values = F.linear(states, W_kv).chunk(2, dim=-1)  # (B, S, d_model)
-    return [attention.heads(x) for x in (F.linear(h, W_q), k, values)]  # (B, H, ., d_head)
+    q = F.linear(h, W_q)  # (B, T, d_model)
+    return [attention.heads(x) for x in (q, k, values)]  # (B, H, ., d_head)
 
 
 def attention_reconstruction(layer, h, old, new):
     """How differently h reads old and new: softmax((h Q)(m K)^T)(m V), no positions."""
-    before = F.scaled_dot_product_attention(*by_content(layer, h, old))  # (B, H, T, d_head)
-    after = F.scaled_dot_product_attention(*by_content(layer, h, new))
+    read = F.scaled_dot_product_attention  # -> (B, H, T, d_head)
+    before, after = (read(*by_content(layer, h, states)) for states in (old, new))
     return (before - after).square().mean()
 
 
 def auto_encoding(decode, old, new):
-    """How far the old states are from what g, d_model -> c * d_model, makes of the new."""
+    """How far the old states are from what g, d_model -> c * d_model, makes of new."""
     return (decode(new).reshape(old.shape) - old).square().mean()
 
 
@@ -113,7 +114,7 @@ LOSSES = "attention", "auto-encoding", "bptt", None
 
 
 class Memory(nn.Module):
-    """Memory and compressed memory of one layer, and how one goes over into the other."""
+    """Memory and compressed memory of one layer, and how one becomes the other."""
 
     def __init__(self, d_model, rate, compression, loss):
         super().__init__()
@@ -145,11 +146,11 @@ class Memory(nn.Module):
 
 
 def read_piece(model, tokens, memory):
-    """At most mem_len tokens -> states (B, T, d_model), memory, loss, with their graphs."""
+    """At most mem_len tokens -> states (B, T, d_model), memory, loss, with graphs."""
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
     nothing_yet = [(x[:, :0], x[:, :0])] * len(model.layers)  # (B, 0, d_model) each
     memory = inputs.checked_memory(memory, nothing_yet)
-    surplus = max(0, memory[0][0].size(1) - model.compressed_len)  # where it was lowered
+    surplus = max(0, memory[0][0].size(1) - model.compressed_len)  # if it was lowered
     memory = [(compressed[:, surplus:], recent) for compressed, recent in memory]
     n_remembered = sum(part.size(1) for part in memory[0])  # C + M
     mask = attention_mask(distances(x.size(1), n_remembered, x.device))  # (T, K)
@@ -170,11 +171,11 @@ class CompressiveTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss.
     Memory, for each layer: detached states (B, C, d_model), C <= compressed_len, and
-    (B, M, d_model), M <= mem_len; both lengths may be changed at any time. Longer texts are
-    read in pieces of mem_len. The loss, a scalar, comes in training mode, with
+    (B, M, d_model), M <= mem_len; both lengths may be changed at any time. Longer texts
+    are read in pieces of mem_len. The loss, a scalar, comes in training mode, with
     loss="attention" and "auto-encoding" (where the compression has no parameters, it
-    measures and trains nothing); "bptt" trains f_c by the logits of later pieces, so pass
-    two or more at once; None does not train it.
+    measures and trains nothing); "bptt" trains f_c by the logits of later pieces, so
+    pass two or more at once; None does not train it.
     """
 
     def __init__(
@@ -202,14 +203,14 @@ class CompressiveTransformer(nn.Module):
         return self.memories[0].loss
 
     def clip_groups(self):
-        """The parameters of the language model, and those that compress: clipped apart."""
+        """The parameters of the language model, and those that compress."""
         compression = list(self.memories.parameters())
         ids = {id(p) for p in compression}
         return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
-        rate, lengths = self.memories[0].rate, ("mem_len", "compressed_len")
-        inputs.check_sizes({name: getattr(self, name) for name in lengths})  # may be changed
+        rate = self.memories[0].rate
+        inputs.check_sizes({"compressed_len": self.compressed_len})
         inputs.check_multiple("mem_len", self.mem_len, "compression_rate", rate)
         inputs.check_tokens(tokens, self.embedding.num_embeddings)
         states, losses = [], []
@@ -219,6 +220,7 @@ class CompressiveTransformer(nn.Module):
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
         memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
         if self.training and self.loss == "bptt" and len(states) == 1:
-            warnings.warn(f"bptt trains f_c across pieces: pass over {self.mem_len} tokens")
+            more = f"pass over {self.mem_len} tokens"
+            warnings.warn(f"bptt trains f_c across pieces: {more}", stacklevel=2)
         own = self.training and self.loss in ("attention", "auto-encoding")
         return (logits, memory, sum(losses)) if own else (logits, memory)

@@ -1,7 +1,7 @@
 """What every model is handed and built with: checked in one place, in the same words.
 
-An error comes at the call, says what came, and names what would be valid. It is always a
-ValueError. Nothing is converted and nothing is kept.
+An error comes at the call, says what came, and names what would be valid. It is always
+a ValueError. Nothing is converted and nothing is kept.
 """
 
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ LEAST = {  # the smallest valid value of each size, by the name of the argument
     "compressed_len": 0, "compression_rate": 1, "clamp_len": 1, "chunk_len": 1,
     "n_rounds": 0, "piece_len": 1, "max_len": 1, "batch_size": 1, "segment_len": 1,
     "steps": 0, "warmup": 0, "n_tokens": 0, "top_k": 1, "valid_every": 1, "n_cups": 2,
-    "length": 4, "n_symbols": 1, "n_characters": 0,
+    "length": 4, "n_symbols": 1, "n_characters": 0, "accumulate": 1, "seed": 0,
 }  # fmt: skip
 MAY_BE_NONE = "clamp_len", "top_k", "valid_every"
 
@@ -22,9 +22,9 @@ MAY_BE_NONE = "clamp_len", "top_k", "valid_every"
 def check_sizes(given, even=()):
     """Refuse sizes that cannot work; given is {name of the argument: value}.
 
-    Sizes are whole numbers, numpy's too, from LEAST on; dropout lies in 0 ... 1; n_heads
-    divides d_model; the names in `even` are even. Names that stand in no rule are passed
-    over, so that a constructor may hand in its locals().
+    Sizes are whole numbers, numpy's too, from LEAST on; dropout lies in 0 ... 1;
+    n_heads divides d_model; the names in `even` are even. Names that stand in no rule
+    are passed over, so that a constructor may hand in its locals().
     """
     for name, value in given.items():
         least = LEAST.get(name)
@@ -58,10 +58,9 @@ def check_even(name, value):
 
 def check_pair(name, value):
     """Refuse all but two whole numbers >= 1."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError(f"{name}={value!r} is not a pair")
-    for n in value:
-        check_sizes({"max_len": n})
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    if not pair or not all(isinstance(n, Integral) and n >= 1 for n in value):
+        raise ValueError(f"{name}={value!r} is not a pair of whole numbers >= 1")
 
 
 def check_positive(name, value):
@@ -96,7 +95,8 @@ def check_one_of(name, value, valid):
 
 
 def check_tokens(tokens, vocab_size, max_len=None):
-    """Refuse all but tokens (B, T) int64, B and T >= 1, T <= max_len, in the vocabulary."""
+    """Refuse all but tokens (B, T) int64, B and T >= 1, T <= max_len, in the
+    vocabulary."""
     if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.int64:
         kind = getattr(tokens, "dtype", type(tokens).__name__)
         raise ValueError(f"tokens: {kind}; pass a tensor (B, T) of torch.int64")
@@ -119,10 +119,10 @@ def check_tokens(tokens, vocab_size, max_len=None):
 def checked_memory(memory, empty):
     """The memory that a model was handed; where it is None, `empty`.
 
-    empty is a memory that remembers nothing, in the form of this model's: tensors
-    (B, 0, ...), the parts of a layer in a tuple, the layers in a list. A memory must agree
-    with it in all but the number of slots, which is one number for all layers. empty None:
-    the model has no memory.
+    empty is a memory that remembers nothing, in the form of this model's: tensors (B,
+    0, ...), the parts of a layer in a tuple, the layers in a list. A memory must agree
+    with it in all but the number of slots, which is one number for all layers. empty
+    None: the model has no memory.
     """
     if memory is None:
         return empty
@@ -134,7 +134,7 @@ def checked_memory(memory, empty):
 
 
 def difference(memory, empty):
-    """What keeps a memory from being one like `empty`, in words; None if nothing does."""
+    """What keeps a memory from being one like `empty`, in words; None if it is."""
     if isinstance(empty, torch.Tensor) and isinstance(memory, torch.Tensor):
         if memory.dim() != empty.dim() or memory.shape[2:] != empty.shape[2:]:
             return unlike(memory, empty)
@@ -185,7 +185,8 @@ def autocast_settings(device_type):
 
 
 def autocast(device_type, enabled, dtype=None):
-    """torch.autocast that keeps no copies; nothing at all where it is off and stays off."""
+    """torch.autocast that keeps no copies; nothing at all where it is off and stays
+    off."""
     if not enabled and not autocast_settings(device_type)["enabled"]:
         return nullcontext()
     return torch.autocast(device_type, dtype, enabled, cache_enabled=False)

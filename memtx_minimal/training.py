@@ -1,8 +1,9 @@
-"""One visible loop for all the models: train on a stream, evaluate along it, generate from it.
+"""One visible loop for all the models: train on a stream, evaluate along it, generate
+from it.
 
-All that is asked of a model: `logits, memory, *aux = model(tokens, memory)`. The memory is
-handed from one segment to the next and never looked into; aux are losses to be added to
-the cross-entropy.
+All that is asked of a model: `logits, memory, *aux = model(tokens, memory)`. The memory
+is handed from one segment to the next and never looked into; aux are losses to be added
+to the cross-entropy.
 """
 
 import math
@@ -37,14 +38,15 @@ def autocast(device):
 
 
 def unwrapped(model):
-    """The model inside wrappers that call it `module`, such as DistributedDataParallel."""
+    """The model inside wrappers that call it `module`, as DistributedDataParallel does."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model
 
 
 def warmup_cosine(step, steps, warmup):
-    """Factor on the learning rate: up from 0 to 1 in `warmup` steps, then half a cosine down."""
+    """Factor on the learning rate: up from 0 to 1 in `warmup` steps, then half a cosine
+    down."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -58,11 +60,11 @@ def endless(stream, batch_size, segment_len):
 
 
 def batches(stream, device, batch_size, segment_len):
-    """What a model is trained on, (tokens, targets, at_start): a stream (N,) in lanes, over
-    and over, or what an iterator yields, as long as it does."""
+    """What a model is trained on, (tokens, targets, at_start): a stream (N,) in lanes,
+    over and over, or what an iterator yields, as long as it does."""
     if isinstance(stream, torch.Tensor):
         stream = endless(stream.to(device), batch_size, segment_len)
-    valid = "pass a tensor (N,) of tokens, or an iterator of (tokens, targets, at_start)"
+    valid = "pass a tensor (N,), or an iterator of (tokens, targets, at_start)"
     if not hasattr(stream, "__iter__"):
         raise ValueError(f"{stream!r} is no stream: {valid}")
     for batch in stream:
@@ -91,10 +93,11 @@ def adamw(model, lr, weight_decay):
 
 
 def clip_groups(model):
-    """Lists of parameters whose gradients are clipped apart: one, unless the model says more.
+    """Lists of parameters whose gradients are clipped apart: one, unless the model says
+    more.
 
-    A model that trains a part with a loss of its own says so by a method `clip_groups`: the
-    size of one loss then never changes the step that another takes.
+    A model that trains a part with a loss of its own says so by a method `clip_groups`:
+    the size of one loss then never changes the step that another takes.
     """
     model = unwrapped(model)
     return (
@@ -133,16 +136,16 @@ def bits_per_character(nats):
 
 
 class Groups(list):
-    """A memory of streams that did not all start together: (rows, their memory) for each
-    group of streams that did."""
+    """A memory of streams that did not all start together: (rows, their memory) for
+    each group of streams that did."""
 
 
 def read(model, tokens, memory, at_start=False):
     """A segment by the model: logits (B, T, vocab_size), memory, losses.
 
     at_start, a bool or one for each stream (B,), forgets what came before. Streams with
-    memories of unequal length are read apart, so that each sees what it would see alone; as
-    soon as their lengths agree, they are read together again.
+    memories of unequal length are read apart, so that each sees what it would see
+    alone; as soon as their lengths agree, they are read together again.
     """
     starts = torch.as_tensor(at_start).cpu().expand(len(tokens))  # (B,)
     if starts.all():
@@ -200,26 +203,23 @@ def train(
 ):  # fmt: skip
     """Train a model on a stream of tokens (N,), in place, memory going along.
 
-    In place of a stream you may pass an iterator of (tokens, targets, at_start, ...), such
-    as a task made up as it goes; it ends the training where it ends. Targets of -100 do not
-    count. at_start, one bool or one for each stream (B,), forgets the memory. AdamW, no
-    decay on norms, biases and embeddings; warm-up and cosine; gradients clipped at `clip`.
-    With `valid`, another stream, the model is evaluated every `valid_every` steps and at
-    the end, in segments as long as those of the training. Returns the history: "loss", nats
-    per token, one a step (nan where no target counted); "aux", a tuple of the other losses,
-    one a step; "valid", [(steps done, nats per token), ...]. A loss that is not finite
-    raises FloatingPointError. Ctrl-C returns the history so far.
+    In place of a stream you may pass an iterator of (tokens, targets, at_start, ...),
+    such as a task made up as it goes; it ends the training where it ends. Targets of
+    -100 do not count. at_start, one bool or one for each stream (B,), forgets the
+    memory. AdamW, no decay on norms, biases and embeddings; warm-up and cosine;
+    gradients clipped at `clip`. With `valid`, another stream, the model is evaluated
+    every `valid_every` steps and at the end, in segments as long as those of the
+    training. Returns the history: "loss", nats per token, one a step (nan where no
+    target counted); "aux", a tuple of the other losses, one a step; "valid", [(steps
+    done, nats per token), ...]. A loss that is not finite raises FloatingPointError.
+    Ctrl-C returns the history so far.
     """
     sizes = {"batch_size": batch_size, "segment_len": segment_len}
-    inputs.check_sizes(
-        sizes | {"steps": steps, "warmup": warmup, "valid_every": valid_every}
-    )
+    whole = {"steps": steps, "warmup": warmup, "valid_every": valid_every}
+    inputs.check_sizes(sizes | whole)
     inputs.check_positive("clip", clip)
-    device, memory, history = (
-        device_of(model),
-        None,
-        {"loss": [], "aux": [], "valid": []},
-    )
+    device, memory = device_of(model), None
+    history = {"loss": [], "aux": [], "valid": []}
     optimizer = adamw(model, lr, weight_decay)
     bar = tqdm(range(steps), leave=False, disable=not progress, mininterval=0.5)
     model.train()
@@ -256,7 +256,7 @@ def train(
 
 
 def validate(model, valid, history, sizes):
-    """Append the loss along another stream to the history, if this step has none yet."""
+    """Append the loss along another stream to the history, once a step."""
     step = len(history["loss"])
     if [done for done, _ in history["valid"][-1:]] != [step]:
         fitting = sizes | {"batch_size": min(sizes["batch_size"], len(valid) - 1)}
@@ -266,7 +266,8 @@ def validate(model, valid, history, sizes):
 
 @torch.inference_mode()
 def token_losses(model, stream, *, batch_size=32, segment_len=64):
-    """Loss of each token of the stream's lanes, (batch_size, tokens a lane), in nats, on the CPU.
+    """Loss of each token of the stream's lanes, (batch_size, tokens a lane), in nats,
+    on the CPU.
 
     The stream is read once from its start; the memory goes along, and is nobody else's.
     """
@@ -282,7 +283,8 @@ def token_losses(model, stream, *, batch_size=32, segment_len=64):
 
 
 def evaluate(model, stream, *, batch_size=32, segment_len=64):
-    """Mean loss along a stream in nats per token, memory going along from segment to segment."""
+    """Mean loss along a stream in nats per token, memory going along from segment to
+    segment."""
     return (
         token_losses(model, stream, batch_size=batch_size, segment_len=segment_len)
         .mean()
@@ -301,13 +303,14 @@ def remembers(memory):
 def generate(
     model, prompt, n_tokens, *, temperature=1.0, top_k=None, seed=0, stop=None
 ):
-    """Continue a prompt (N,), or several of one length (B, N), by n_tokens sampled tokens.
+    """Continue a prompt (N,), or several of one length (B, N), by n_tokens sampled
+    tokens.
 
     Returns prompt and continuation, (N + n_tokens,) or (B, N + n_tokens), on the CPU. A
-    model with memory is fed each token once; one without reads its last max_len tokens, or
-    all, anew for each. temperature 0 takes the likeliest token; top_k keeps only the k
-    likeliest. A text ends with the token `stop`; where others go on, it is filled up with
-    that token, and when all have ended, so does the generation.
+    model with memory is fed each token once; one without reads its last max_len tokens,
+    or all, anew for each. temperature 0 takes the likeliest token; top_k keeps only the
+    k likeliest. A text ends with the token `stop`; where others go on, it is filled up
+    with that token, and when all have ended, so does the generation.
     """
     if (
         not isinstance(prompt, torch.Tensor)

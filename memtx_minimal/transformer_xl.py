@@ -69,7 +69,7 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
     def forward(self, context, R, mask):
-        """context (B, K, d_model), R (K + 1, d_model), mask (T, K) -> (B, T, d_model)."""
+        """context (B, K, d_model), R (K + 1, d_model), mask (T, K) -> (B, T, d_model)"""
         inputs.check_added("mask", mask)
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
@@ -108,9 +108,9 @@ class TransformerXL(nn.Module):
     """A language model that remembers the inputs of each layer, segment after segment.
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: a detached tensor
-    (B, M, d_model) a layer, M <= mem_len. Pass None at the start of a stream. mem_len may
-    change at any time, to evaluate with a longer memory. Distances above clamp_len share
-    one encoding; with same_length a query sees its mem_len latest keys, itself included.
+    (B, M, d_model) a layer, M <= mem_len. Pass None at the start of a stream. mem_len
+    may change at any time, to evaluate with a longer memory. Distances above clamp_len
+    share one encoding; with same_length a query sees its mem_len latest keys.
     """
 
     def __init__(
@@ -142,7 +142,8 @@ class TransformerXL(nn.Module):
 
         remembered = []
         for layer, past in zip(self.layers, memory, strict=True):
-            context = torch.cat([past[:, past.size(1) - M :], x], dim=1)  # (B, K, d_model)
+            past = past[:, past.size(1) - M :]  # (B, M, d_model)
+            context = torch.cat([past, x], dim=1)  # (B, K, d_model)
             first = max(0, context.size(1) - self.mem_len)
             remembered.append(context[:, first:].detach().clone())
             x = layer(context, R, mask)

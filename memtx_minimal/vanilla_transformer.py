@@ -1,10 +1,11 @@
 """The baseline: a decoder-only transformer that forgets everything outside its window.
 
-Every chapter compares with this model. It reads one window of at most `max_len` tokens, and nothing
-survives from one window to the next. Vaswani et al., "Attention Is All You Need" (2017), decoder
-only, with layer norm before each block (pre-LN).
+Every chapter compares with this model. It reads one window of at most `max_len` tokens,
+and nothing survives from one window to the next. Vaswani et al., "Attention Is All You
+Need" (2017), decoder only, with layer norm before each block (pre-LN).
 
-Letters in the shape comments: B batch, T tokens in the window, H heads, d_model = H * d_head.
+Letters in the shape comments: B batch, T tokens in the window, H heads, d_model = H *
+d_head.
 """
 
 import torch
@@ -15,7 +16,8 @@ from memtx_minimal import inputs
 
 
 def sinusoid(positions, d_model):
-    """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani et al., section 3.5."""
+    """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani
+    et al., section 3.5."""
     inputs.check_even("d_model", d_model)
     evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
     wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
@@ -24,7 +26,8 @@ def sinusoid(positions, d_model):
 
 
 class CausalAttention(nn.Module):
-    """Multi-head attention in which position t sees the positions 0 ... t of its own window."""
+    """Multi-head attention in which position t sees the positions 0 ... t of its own
+    window."""
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
@@ -34,7 +37,8 @@ class CausalAttention(nn.Module):
 
     def forward(self, x):
         """x (B, T, d_model) -> (B, T, d_model)."""
-        qkv = self.query_key_value(x).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, d_head)
+        qkv = self.query_key_value(x)  # (B, T, 3 * d_model)
+        qkv = qkv.unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, d_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d_head) each
         dropout = self.dropout if self.training else 0.0
         heads = F.scaled_dot_product_attention(
@@ -65,12 +69,13 @@ class Layer(nn.Module):
 class VanillaTransformer(nn.Module):
     """A language model with absolute positions and no memory.
 
-    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It has no memory: it
-    takes and returns None, only to share the protocol of the other models.
+    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It has no
+    memory: it takes and returns None, only to share the protocol of the other models.
     """
 
     def __init__(
-        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512, max_len=64, dropout=0.0
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512,
+        max_len=64, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
         inputs.check_sizes(locals(), even=["d_model"])

@@ -36,7 +36,9 @@ def test_training_learns_and_says_how_it_went(name):
 
 def test_same_seed_same_losses():
     runs = [
-        training.train(fresh(), cycle(500), steps=5, batch_size=4, segment_len=8, progress=False)
+        training.train(
+            fresh(), cycle(500), steps=5, batch_size=4, segment_len=8, progress=False
+        )
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
@@ -51,13 +53,17 @@ def test_memory_goes_along_a_pass_and_starts_anew_at_the_wrap():
             return super().forward(tokens, memory)
 
     spy = Spy(**SMALL, mem_len=12)
-    training.train(spy, cycle(4 * 20 + 1), steps=7, batch_size=4, segment_len=5, progress=False)
+    training.train(
+        spy, cycle(4 * 20 + 1), steps=7, batch_size=4, segment_len=5, progress=False
+    )
     assert seen == [0, 5, 10, 12, 0, 5, 10]
 
 
 def test_evaluation_in_between_does_not_touch_the_training_memory():
     a, b = fresh(), fresh()
-    plain = training.train(a, cycle(900), steps=8, batch_size=4, segment_len=8, progress=False)
+    plain = training.train(
+        a, cycle(900), steps=8, batch_size=4, segment_len=8, progress=False
+    )
     watched = training.train(
         b,
         cycle(900),
@@ -82,8 +88,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step():
     broken = fresh()
     with torch.no_grad():
         broken.head.bias[3] = float("nan")
-    with pytest.raises(FloatingPointError, match="loss nan at step 0: the weights were not finite"):
-        training.train(broken, cycle(500), steps=5, batch_size=4, segment_len=8, progress=False)
+    with pytest.raises(
+        FloatingPointError, match="loss nan at step 0: the weights were not finite"
+    ):
+        training.train(
+            broken, cycle(500), steps=5, batch_size=4, segment_len=8, progress=False
+        )
 
 
 def test_ctrl_c_returns_the_history_and_a_usable_model(capsys):
@@ -102,7 +112,9 @@ def test_ctrl_c_returns_the_history_and_a_usable_model(capsys):
     )
     assert len(history["loss"]) == 3 and not stopped.training
     assert "3 of 50" in capsys.readouterr().out
-    assert math.isfinite(training.evaluate(stopped, cycle(100), batch_size=4, segment_len=8))
+    assert math.isfinite(
+        training.evaluate(stopped, cycle(100), batch_size=4, segment_len=8)
+    )
 
 
 def test_auxiliary_losses_are_trained_too():
@@ -116,7 +128,14 @@ def test_auxiliary_losses_are_trained_too():
 
     aided = WithAux(**SMALL, mem_len=6)
     training.train(
-        aided, cycle(500), steps=30, batch_size=4, segment_len=8, lr=0.1, clip=10, progress=False
+        aided,
+        cycle(500),
+        steps=30,
+        batch_size=4,
+        segment_len=8,
+        lr=0.1,
+        clip=10,
+        progress=False,
     )
     assert abs(aided.extra.item()) < 2.5
 
@@ -124,7 +143,13 @@ def test_auxiliary_losses_are_trained_too():
 def test_gradients_are_clipped():
     wild = fresh()
     training.train(
-        wild, cycle(500), steps=1, batch_size=4, segment_len=8, clip=1e-3, progress=False
+        wild,
+        cycle(500),
+        steps=1,
+        batch_size=4,
+        segment_len=8,
+        clip=1e-3,
+        progress=False,
     )
     norm = torch.stack([p.grad.norm() for p in wild.parameters()]).norm()
     assert norm <= 1.001e-3
@@ -135,17 +160,32 @@ def test_groups_are_clipped_apart():
 
     class Split(TransformerXL):
         def clip_groups(self):
-            rest = [p for name, p in self.named_parameters() if not name.startswith("head")]
+            rest = [
+                p for name, p in self.named_parameters() if not name.startswith("head")
+            ]
             return [list(self.head.parameters()), rest]
 
     split, whole = Split(**SMALL, mem_len=6), TransformerXL(**SMALL, mem_len=6)
     for model in (split, whole):
         training.train(
-            model, cycle(500), steps=1, batch_size=4, segment_len=8, clip=1e-3, progress=False
+            model,
+            cycle(500),
+            steps=1,
+            batch_size=4,
+            segment_len=8,
+            clip=1e-3,
+            progress=False,
         )
-    norms = [torch.stack([p.grad.norm() for p in group]).norm() for group in split.clip_groups()]
-    torch.testing.assert_close(torch.stack(norms), torch.tensor([1e-3, 1e-3]), rtol=0.01, atol=0)
-    assert torch.stack([p.grad.norm() for p in whole.head.parameters()]).norm() < 0.99e-3
+    norms = [
+        torch.stack([p.grad.norm() for p in group]).norm()
+        for group in split.clip_groups()
+    ]
+    torch.testing.assert_close(
+        torch.stack(norms), torch.tensor([1e-3, 1e-3]), rtol=0.01, atol=0
+    )
+    assert (
+        torch.stack([p.grad.norm() for p in whole.head.parameters()]).norm() < 0.99e-3
+    )
 
 
 def test_a_task_made_up_as_it_goes():
@@ -160,11 +200,15 @@ def test_a_task_made_up_as_it_goes():
     def task():
         for step in range(10**6):
             text = tokens(8, 7, seed=step)
-            targets = text.clone()  # say again what you read, but at odd places: anything
+            targets = (
+                text.clone()
+            )  # say again what you read, but at odd places: anything
             targets[:, 1::2] = -100
             yield text, targets, step % 3 == 2, "more that a task has to say"
 
-    history = training.train(Spy(**SMALL, mem_len=6), task(), steps=60, lr=1e-2, progress=False)
+    history = training.train(
+        Spy(**SMALL, mem_len=6), task(), steps=60, lr=1e-2, progress=False
+    )
     assert seen[:7] == [True, False, True, False, False, True, False]
     assert history["loss"][-1] < 0.3
 
@@ -175,9 +219,9 @@ def test_token_losses_agree_with_one_long_reading(name):
     stream = tokens(1, 61)[0]
     losses = training.token_losses(trained, stream, batch_size=3, segment_len=5)
     assert losses.shape == (3, 20)
-    assert training.evaluate(trained, stream, batch_size=3, segment_len=5) == pytest.approx(
-        losses.mean().item()
-    )
+    assert training.evaluate(
+        trained, stream, batch_size=3, segment_len=5
+    ) == pytest.approx(losses.mean().item())
     memory, lane = None, stream[20:41]
     for start in range(0, 20, 5):
         with torch.no_grad():
@@ -201,12 +245,16 @@ def test_a_segment_without_targets_adds_nothing_and_memory_goes_on():
 
     def trained(steps, silent=1):
         model = fresh()
-        history = training.train(model, stream(silent), steps=steps, warmup=1, progress=False)
+        history = training.train(
+            model, stream(silent), steps=steps, warmup=1, progress=False
+        )
         return model, history
 
     (one, _), (two, silence), (three, _) = trained(1), trained(2), trained(3)
     assert math.isnan(silence["loss"][1]) and math.isfinite(silence["loss"][0])
-    assert not all(torch.equal(p, q) for p, q in zip(two.parameters(), three.parameters()))
+    assert not all(
+        torch.equal(p, q) for p, q in zip(two.parameters(), three.parameters())
+    )
     torch.manual_seed(0)
     alone = fresh()
     training.train(alone, stream(None), steps=0, progress=False)
@@ -227,7 +275,9 @@ def test_a_finite_iterator_ends_the_training(capsys):
         for step in range(3):
             yield tokens(4, 8, seed=step), tokens(4, 8, seed=9), False
 
-    history = training.train(fresh(), three(), steps=60, valid=cycle(100), progress=False)
+    history = training.train(
+        fresh(), three(), steps=60, valid=cycle(100), progress=False
+    )
     assert len(history["loss"]) == 3 and [step for step, _ in history["valid"]] == [3]
     assert "the stream ended after 3 of 60 steps" in capsys.readouterr().out
 
@@ -269,7 +319,11 @@ def test_streams_of_one_age_are_read_together():
     model, memory = Spy(**SMALL, mem_len=6), None
     for start in [True, torch.tensor([False, True, False]), False, False, False]:
         _, memory = training.read(model, tokens(3, 4), memory, start)
-    assert calls == [3, 1, 2, 1, 2, 3, 3] and isinstance(memory, list) and len(memory[0]) == 3
+    assert (
+        calls == [3, 1, 2, 1, 2, 3, 3]
+        and isinstance(memory, list)
+        and len(memory[0]) == 3
+    )
 
 
 def test_losses_of_groups_are_weighted_by_their_streams():
@@ -279,7 +333,9 @@ def test_losses_of_groups_are_weighted_by_their_streams():
 
     model = WithAux(**SMALL, mem_len=6)
     _, memory, _ = training.read(model, tokens(3, 4), None)
-    *_, aux = training.read(model, tokens(3, 4), memory, torch.tensor([False, True, False]))
+    *_, aux = training.read(
+        model, tokens(3, 4), memory, torch.tensor([False, True, False])
+    )
     torch.testing.assert_close(aux, tokens(3, 4).double().mean())
 
 
@@ -287,16 +343,25 @@ def test_losses_of_groups_are_weighted_by_their_streams():
 def test_matrices_decay_and_nothing_else(name):
     model = fresh(name)
     optimizer = training.adamw(model, 0.1, 0.01)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d)) and parameter.dim() > 1
+            matrix = (
+                isinstance(module, (torch.nn.Linear, torch.nn.Conv1d))
+                and parameter.dim() > 1
+            )
             assert decay.pop(id(parameter)) == (0.01 if matrix else 0)
     assert not decay
 
 
 def test_a_weight_shared_with_an_embedding_does_not_decay():
-    tied = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11, bias=False))
+    tied = torch.nn.Sequential(
+        torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11, bias=False)
+    )
     tied[1].weight = tied[0].weight
     (group,) = training.adamw(tied, 0.1, 0.01).param_groups
     assert group["weight_decay"] == 0 and len(group["params"]) == 1
@@ -304,11 +369,18 @@ def test_a_weight_shared_with_an_embedding_does_not_decay():
 
 def test_the_history_has_the_other_losses_beside_the_cross_entropy():
     history = training.train(
-        fresh("compressive"), cycle(500), steps=4, batch_size=4, segment_len=8, progress=False
+        fresh("compressive"),
+        cycle(500),
+        steps=4,
+        batch_size=4,
+        segment_len=8,
+        progress=False,
     )
     assert [len(aux) for aux in history["aux"]] == [1] * 4
     assert all(loss > 0 for (loss,) in history["aux"][1:])
-    assert training.train(fresh(), cycle(90), steps=1, batch_size=2, progress=False)["aux"] == [()]
+    assert training.train(fresh(), cycle(90), steps=1, batch_size=2, progress=False)[
+        "aux"
+    ] == [()]
 
 
 def test_bits_per_character():
@@ -424,9 +496,15 @@ def test_sampling_leaves_the_global_generator_alone():
         (dict(n_tokens=-1), "n_tokens=-1 is not a whole number >= 0"),
         (dict(n_tokens=2.5), "n_tokens=2.5 is not a whole number >= 0"),
         (dict(prompt=torch.tensor([], dtype=torch.int64)), "the prompt must be tokens"),
-        (dict(prompt="To be"), "the prompt must be tokens .N,. or .B, N., N >= 1, in a tensor"),
+        (
+            dict(prompt="To be"),
+            "the prompt must be tokens .N,. or .B, N., N >= 1, in a tensor",
+        ),
         (dict(prompt=[1, 2]), "the prompt must be tokens"),
-        (dict(prompt=torch.tensor([1.0])), "torch.float32; pass a tensor .B, T. of torch.int64"),
+        (
+            dict(prompt=torch.tensor([1.0])),
+            "torch.float32; pass a tensor .B, T. of torch.int64",
+        ),
         (dict(prompt=torch.tensor([99])), "token 99: this vocabulary has 0 ... 10"),
     ],
 )
@@ -448,8 +526,11 @@ def test_invalid_requests_are_refused(kw, words):
         (dict(lr=-1), "lr=-1 is not a number >= 0"),
         (dict(weight_decay=-1), "weight_decay=-1 is not a number >= 0"),
         (dict(stream=[1, 2, 3]), "an iterator of .tokens, targets, at_start."),
-        (dict(stream=[(tokens(2, 4), tokens(2, 4))]), "an iterator of .tokens, targets, at_start."),
-        (dict(stream=7), "a tensor .N,. of tokens, or an iterator"),
+        (
+            dict(stream=[(tokens(2, 4), tokens(2, 4))]),
+            "an iterator of .tokens, targets, at_start.",
+        ),
+        (dict(stream=7), "a tensor .N,., or an iterator"),
     ],
 )
 def test_invalid_trainings_are_refused(kw, words):
@@ -467,5 +548,13 @@ def test_progress_bar_leaves_nothing_behind(capsys):
 def test_validation_reads_as_training_does():
     """In segments of the training's length, so that a window fits; and a short text fills fewer lanes."""
     model = VanillaTransformer(**SMALL, max_len=8)
-    history = training.train(model, cycle(400), steps=2, batch_size=4, segment_len=8, valid=cycle(3), progress=False)
+    history = training.train(
+        model,
+        cycle(400),
+        steps=2,
+        batch_size=4,
+        segment_len=8,
+        valid=cycle(3),
+        progress=False,
+    )
     assert [step for step, _ in history["valid"]] == [2]
