@@ -175,7 +175,8 @@ class CompressiveTransformer(nn.Module):
     are read in pieces of mem_len. The loss, a scalar, comes in training mode, with
     loss="attention" and "auto-encoding" (where the compression has no parameters, it
     measures and trains nothing); "bptt" trains f_c by the logits of later pieces, so
-    pass two or more at once; None does not train it.
+    pass two or more at once; None does not train it. What fits in memory is not yet
+    compressed: then f_c has no gradient (DDP wants find_unused_parameters=True).
     """
 
     def __init__(

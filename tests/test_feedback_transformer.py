@@ -557,3 +557,14 @@ def test_invalid_arguments_are_refused_early():
     model.mem_len = 7
     with pytest.raises(ValueError, match="mem_len=7 is not a number in 1 ... 6"):
         model(tokens(2, 4))
+
+
+def test_a_saved_cache_loads_with_weights_alone(tmp_path):
+    """Fault 11: no code is run to read a memory back."""
+    model = make().eval()
+    with torch.no_grad():
+        _, cache = model(tokens(2, 4))
+        torch.save(cache, tmp_path / "cache.pt")
+        again = torch.load(tmp_path / "cache.pt", weights_only=True)
+        expected = model(tokens(2, 4, seed=2), cache)[0]
+        assert torch.equal(model(tokens(2, 4, seed=2), again)[0], expected)
