@@ -23,7 +23,7 @@ site: $(READY)  ## render the book from the committed outputs, without running a
 	$(BIN)/python tests/check_pages.py book/_build/html
 
 sync: $(READY)  ## authors: refresh mirrored cells, notebook pairs and everything made from the repository's address
-	$(BIN)/python book/sync.py
+	$(BIN)/python book/sync.py $(TAKE:%=--take %)
 
 refresh: $(READY)  ## authors: run the notebooks and keep their outputs in place
 	$(BIN)/python book/execute.py

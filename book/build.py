@@ -1,6 +1,10 @@
-"""Render the book into book/_build/html: from the committed outputs (`make site`), or from a live run (`make book`)."""
+"""Render the book into book/_build/html.
+
+From the committed outputs (`make site`), or from a live run (`make book`).
+"""
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +13,7 @@ from pathlib import Path
 
 import execute
 import nbformat
+import sync
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "book" / "_build"
@@ -21,7 +26,7 @@ def stage():
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
     shutil.copytree(ROOT / "notebooks", STAGE / "notebooks", ignore=shutil.ignore_patterns(".*", "*.py"))
-    return sorted((STAGE / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return [STAGE / "notebooks" / f"{name}.ipynb" for name in sync.notebooks(STAGE)]
 
 
 def dress(nb):
@@ -42,9 +47,14 @@ def render(strict):
     book = STAGE / "book"
     command = [Path(sys.executable).with_name("jupyter-book"), "build", STAGE, "--path-output", BUILD.parent]
     command += ["--config", book / "_config.yml", "--toc", book / "_toc.yml", "--quiet"]
+    command += ["-W", "-n", "--keep-going"] * strict
+    utf8 = os.environ | {"PYTHONUTF8": "1"}  # for Jupyter Book and its extensions
     print("rendering ...", flush=True)
-    # Warnings go to stderr and are shown; stdout would only say once more where the pages are.
-    return subprocess.run(command + ["-W", "-n", "--keep-going"] * strict, cwd=STAGE, stdout=subprocess.DEVNULL, check=False).returncode
+    # Warnings go to stderr and are shown; stdout would only say where the pages are.
+    done = subprocess.run(
+        command, cwd=STAGE, env=utf8, stdout=subprocess.DEVNULL, check=False
+    )
+    return done.returncode
 
 
 def main():
@@ -52,13 +62,14 @@ def main():
     args.add_argument("--live", action="store_true", help="run every notebook first, training included")
     args.add_argument("--strict", action="store_true", help="make every warning an error")
     args = args.parse_args()
+    sync.escape_unprintable()
     start, notebooks = time.monotonic(), stage()
     for i, path in enumerate(notebooks, 1):
         nb = nbformat.read(path, as_version=4)
         if args.live:
             execute.execute(nb, path.parent, f"notebook {i} of {len(notebooks)}  {path.stem}")
         dress(nb)
-        nbformat.write(nb, path)
+        sync.write(path, nbformat.writes(nb) + "\n")
     if failed := render(args.strict):
         sys.exit(failed)
     minutes, seconds = divmod(int(time.monotonic() - start), 60)

@@ -1,13 +1,29 @@
-"""Run notebooks from top to bottom, with progress. As a script (`make refresh`): keep the outputs in the committed files."""
+"""Run notebooks from top to bottom, with progress.
+
+As a script (`make refresh`): keep the outputs in the committed files.
+"""
 
 import sys
+import tempfile
 import threading
 import time
 
 import nbformat
 import sync
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets import default
+
+
+class ThisPython(AsyncKernelManager):
+    """Starts kernels in the interpreter that runs this, not in whatever is installed on
+    the machine as "python3"."""
+
+    @default("kernel_spec_manager")
+    def no_installed_kernels(self):
+        return KernelSpecManager(kernel_dirs=[])
 
 
 class Progress:
@@ -41,14 +57,24 @@ class Progress:
 
 
 def execute(nb, folder, label):
-    """Run a notebook in place, in a fresh kernel that works in `folder`; the outputs carry nothing of the machine or the hour."""
+    """Run a notebook in place, in a fresh kernel that works in `folder`.
+
+    The outputs carry nothing of the machine or the hour."""
     n_code = sum(cell.cell_type == "code" and cell.source.strip() != "" for cell in nb.cells)
-    with Progress(label, n_code) as progress:
+    with (
+        Progress(label, n_code) as progress,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty,
+    ):
         client = NotebookClient(
             nb,
             timeout=None,
-            kernel_name="python3",
-            extra_arguments=["--log-level=ERROR"],
+            kernel_name="python3",  # whatever the notebook asks for
+            kernel_manager_class=ThisPython,
+            extra_arguments=[
+                "--log-level=ERROR",
+                f"--ipython-dir={empty}",  # no start-up files of whoever runs this
+                "--IPKernelApp.exec_PYTHONSTARTUP=False",
+            ],
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": str(folder)}},
@@ -90,16 +116,19 @@ def refresh(path, label):
 
 
 def main():
+    sync.escape_unprintable()
     _, broken = sync.sync()
     if broken:
         sys.exit("\n".join(broken))
-    wanted = sys.argv[1:]  # all notebooks, or those whose names hold one of the given words
-    paths = [p for p in sorted((sync.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if not wanted or any(w in p.stem for w in wanted)]
-    for i, path in enumerate(paths, 1):
-        refresh(path, f"notebook {i} of {len(paths)}  {path.stem}")
+    words = sys.argv[1:]  # all notebooks, or those whose names hold one of these words
+    names = [n for n in sync.notebooks() if not words or any(w in n for w in words)]
+    for i, name in enumerate(names, 1):
+        path = sync.ROOT / "notebooks" / f"{name}.ipynb"
+        refresh(path, f"notebook {i} of {len(names)}  {name}")
     drift, broken = sync.sync()
     for line in [*drift, *broken]:
         print(line)
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,20 @@
-"""Keep the copies equal to their sources: `make sync`; with --check, only say what has drifted and exit with 1.
+"""Keep the copies equal to their sources: `make sync`. With --check, change nothing.
 
-source                                      copy
-NN_name.py or NN_name.ipynb, the newer      the other of the pair (outputs and cell ids stay)
-memtx_minimal/name.py (see also MODULES)    the cells tagged `from-module`, one for each class or function; constants stand in other cells
-project.urls in pyproject.toml              the cells tagged `badges` and `colab-install`, the marked blocks of
-                                            README.md, and a line each of CITATION.cff and book/_config.yml
+source                            copy
+NN_name.py or NN_name.ipynb,      the other of the pair; outputs and cell ids stay
+  whichever was edited
+memtx_minimal/name.py             the cells tagged `from-module`, one for each class or
+  (see also MODULES)              function; constants stand in other cells
+project.urls in pyproject.toml    the cells tagged `badges` and `colab-install`, the
+                                  marked blocks of README.md, and a line each of
+                                  CITATION.cff and book/_config.yml
+
+Which file of a pair was edited is decided by its content, never by its date. A file
+that still says what the pair said at the last sync (kept in notebooks/.agreed) or in
+the last commit has not been edited, and takes over what the other one says. If that
+does not settle it, for example because both were edited, sync leaves the pair alone,
+says where the two differ, and exits with 1. Merge them by hand, or name the file to
+keep: `make sync TAKE=01_name.py`.
 """
 
 import argparse
@@ -12,6 +22,7 @@ import ast
 import base64
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,9 +39,29 @@ ROOT = Path(__file__).resolve().parent.parent
 PERCENT = "py:percent"
 
 
+def notebooks(root=ROOT):
+    """The names of the notebooks, in the book's order: 00_..., 01_..., a_..., b_..."""
+    files = [p for p in (root / "notebooks").iterdir() if p.suffix in (".ipynb", ".py")]
+    return sorted({p.stem for p in files if re.match(r"(\d\d|[ab])_", p.name)})
+
+
+def split_name(name):
+    """The number or letter of a notebook, and its chapter: 01_tiny -> 01, tiny."""
+    return name.split("_", 1)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def escape_unprintable():
+    """Print what the terminal's encoding lacks as an escape, rather than fail on it."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def address(root):
     """The repository's address, from the one place where it stands."""
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads(read(root / "pyproject.toml"))["project"]
     return project["urls"]["Repository"].rstrip("/")
 
 
@@ -55,7 +86,9 @@ def readme_links(url, names):
     """Targets for the reference links of the README: [repository], [notebook 01], [colab 01], ..."""
     links = [f"[repository]: {url}"]
     for name in names:
-        links += [f"[notebook {name[:2]}]: notebooks/{name}.ipynb", f"[colab {name[:2]}]: {colab(url, name)}"]
+        number, _ = split_name(name)
+        links.append(f"[notebook {number}]: notebooks/{name}.ipynb")
+        links.append(f"[colab {number}]: {colab(url, name)}")
     return "\n".join(links)
 
 
@@ -74,7 +107,7 @@ LINES = {"CITATION.cff": r"(?m)^(repository-code: ).*$", "book/_config.yml": r"(
 
 def definitions(path):
     """The top-level classes and functions of a file, with their decorators: {name: source}, in the file's order."""
-    text = path.read_text()
+    text = read(path)
     lines = text.splitlines()
     found = {}
     for node in ast.parse(text).body:
@@ -86,7 +119,7 @@ def definitions(path):
 
 def constants(path):
     """The lines of each assignment at the top level of a file."""
-    text = path.read_text()
+    text = read(path)
     lines = text.splitlines()
     return ["\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in ast.parse(text).body if isinstance(n, ast.Assign)]
 
@@ -103,32 +136,104 @@ def first_difference(a, b):
 
 
 def percent(nb):
-    """The .py of a notebook. That the two are a pair stands in pyproject.toml, for all notebooks: taken out of this one, if it is there."""
+    """The .py of a notebook, less its entry on pairing: pyproject.toml has one."""
     nb.metadata.pop("jupytext", None)
     return jupytext.writes(nb, fmt=PERCENT)
 
 
-def read_pair(ipynb, py):
-    """The notebook of a pair, whose newer file wins, and a line on what the other one has to take over."""
+def tidy(text):
+    """A .py as this jupytext writes it, so that only edits make a difference."""
+    return percent(jupytext.reads(text, fmt=PERCENT))
+
+
+def committed(path):
+    """The text of a file in the last commit; None if there is none."""
+    # GIT_DIR and the like, as set by a hook, may be about another repository.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    command = ["git", "cat-file", "blob", f"HEAD:./{path.name}"]
+    try:
+        done = subprocess.run(
+            command, cwd=path.parent, env=environment, capture_output=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.decode("utf-8")
+
+
+def last_synced(py):
+    """Where the text is kept on which the two files of a pair last agreed."""
+    return py.parent / ".agreed" / py.name
+
+
+def agreed(ipynb, py):
+    """What both files of a pair are known to have said: at the last sync, in the last
+    commit."""
+    if last_synced(py).exists():
+        yield tidy(read(last_synced(py)))
+    text, notebook = committed(py), committed(ipynb)
+    if text and notebook:
+        text = tidy(text)
+        if text == tidy(percent(nbformat.reads(notebook, as_version=4))):
+            yield text
+
+
+def edited(ipynb, py, now, take):
+    """Which file of a pair was edited, if that is sure, or is taken by its name.
+
+    now: what each of them says. take: names of files that an author has chosen."""
+    chosen = [path for path in (ipynb, py) if path.name in take]
+    if not chosen:
+        before = set(agreed(ipynb, py))
+        chosen = [path for path in (ipynb, py) if now[path] not in before]
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def read_pair(ipynb, py, take=()):
+    """The notebook of a pair, what drifted, and what an author has to settle."""
     nb = nbformat.read(ipynb, as_version=4) if ipynb.exists() else None
     if nb and py.exists():
-        text = py.read_text()
+        text = read(py)
         if text == percent(nb):
-            return nb, []
-        where = first_difference(text, percent(nb))
-        if ipynb.stat().st_mtime > py.stat().st_mtime:
-            return nb, [f"{py.name} differs from {ipynb.name}, which is newer and wins ({where})"]
-        new = combine_inputs_with_outputs(jupytext.reads(text, fmt=PERCENT), nb, fmt=PERCENT)
-        return new, [f"{ipynb.name} differs from {py.name}, which is newer and wins ({where})"]
+            return nb, [], []
+        now = {ipynb: tidy(percent(nb)), py: tidy(text)}
+        if now[ipynb] == now[py]:
+            return nb, [f"{py.name} is not as jupytext writes it"], []
+        where = first_difference(now[py], now[ipynb])
+        source = edited(ipynb, py, now, take)
+        if source == ipynb:
+            drift = f"{py.name} takes over the edit of {ipynb.name} ({where})"
+            return nb, [drift], []
+        if source == py:
+            new = jupytext.reads(text, fmt=PERCENT)
+            new = combine_inputs_with_outputs(new, nb, fmt=PERCENT)
+            drift = f"{ipynb.name} takes over the edit of {py.name} ({where})"
+            return new, [drift], []
+        unsettled = (
+            f"{py.name} and {ipynb.name} differ ({where}), and either may hold an edit "
+            f"that the other lacks, so both were left alone. Merge them, or keep one: "
+            f"make sync TAKE={py.name} or make sync TAKE={ipynb.name}"
+        )
+        return nb, [], [unsettled]
     if nb:
-        return nb, [f"{py.name} is missing; {ipynb.name} has what it needs"]
-    nb = jupytext.reads(py.read_text(), fmt=PERCENT)
-    nb.metadata.setdefault("kernelspec", {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"})
-    return nb, [f"{ipynb.name} is missing; {py.name} has what it needs"]
+        return nb, [f"{py.name} is missing; {ipynb.name} has what it needs"], []
+    nb = jupytext.reads(read(py), fmt=PERCENT)
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python"}
+    nb.metadata.setdefault("kernelspec", {**kernel, "name": "python3"})
+    return nb, [f"{ipynb.name} is missing; {py.name} has what it needs"], []
+
+
+def chapter_modules(root, name):
+    """The files of the code that a notebook teaches."""
+    _, chapter = split_name(name)
+    files = MODULES.get(chapter, [chapter])
+    return [root / "memtx_minimal" / f"{file}.py" for file in files]
 
 
 def sync_modules(nb, name, modules):
     """Refresh the cells that mirror the modules of a chapter; returns what drifted and what an author has to mend."""
+    if missing := [module.name for module in modules if not module.exists()]:
+        files = " and ".join(missing)
+        return [], [f"{name}: no memtx_minimal/{files}; mend sync.MODULES or add it"]
     drift, broken, seen = [], [], []
     homes = {d: module for module in modules for d in definitions(module)}
     wanted = {d: source for module in modules for d, source in definitions(module).items()}
@@ -175,7 +280,7 @@ def sync_generated(nb, name, url):
 
 def sync_text(path, url, names):
     """Refresh the parts of a text file that are made from the repository's address: new text, what drifted, what is broken."""
-    text = new = path.read_text()
+    text = new = read(path)
     broken = []
     if path.name == "README.md":
         for block, make in BLOCKS.items():
@@ -195,7 +300,8 @@ def sync_text(path, url, names):
 def write(path, content):
     """Write all of a file, text or bytes, or nothing of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    part.write_bytes(content)
     os.replace(part, path)
 
 
@@ -206,21 +312,32 @@ def readme_figure(nb):
     return base64.b64decode(pictures[0]) if pictures else None
 
 
-def sync(root=ROOT, check=False):
-    """Bring every copy up to date, or with check leave them. Returns (drift, broken): what differed, what only an author can mend."""
-    url, notebooks = address(root), root / "notebooks"
-    names = sorted({p.stem for p in notebooks.glob("[0-9][0-9]_*") if p.suffix in (".ipynb", ".py")})
+def sync(root=ROOT, check=False, take=()):
+    """Bring every copy up to date, or with check leave them.
+
+    take: names of notebook files that win over the other of their pair in any case.
+    Returns (drift, broken): what differed, what only an author can mend."""
+    url, names = address(root), notebooks(root)
     drift, broken = [], []
     for name in names:
-        ipynb, py = notebooks / f"{name}.ipynb", notebooks / f"{name}.py"
-        nb, changes = read_pair(ipynb, py)
-        modules = [root / "memtx_minimal" / f"{file}.py" for file in MODULES.get(name[3:], [name[3:]])]
-        for more, faults in [sync_modules(nb, name, modules), sync_generated(nb, name, url)]:
+        ipynb, py = (root / "notebooks" / f"{name}.{half}" for half in ("ipynb", "py"))
+        nb, changes, faults = read_pair(ipynb, py, take)
+        if faults:
+            broken += faults
+            continue
+        modules = chapter_modules(root, name)
+        for more, faults in [
+            sync_modules(nb, name, modules),
+            sync_generated(nb, name, url),
+        ]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
             write(py, percent(nb))
             if not ipynb.exists() or nb != nbformat.read(ipynb, as_version=4):
                 write(ipynb, nbformat.writes(nb) + "\n")
+        if not check:
+            last_synced(py).parent.mkdir(exist_ok=True)
+            write(last_synced(py), percent(nb))
         drift += changes
         picture, copy = readme_figure(nb), root / "book" / "_static" / "readme.png"
         if picture and (not copy.exists() or copy.read_bytes() != picture):
@@ -236,17 +353,35 @@ def sync(root=ROOT, check=False):
 
 
 def main():
-    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--check", action="store_true", help="change nothing; exit with 1 if anything has drifted")
-    check = args.parse_args().check
-    drift, broken = sync(check=check)
+    args = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    args.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; exit with 1 if anything has drifted",
+    )
+    args.add_argument(
+        "--take",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="keep this file of a pair that differs, like 01_name.py; may be repeated",
+    )
+    options = args.parse_args()
+    files = [f"{name}.{half}" for name in notebooks(ROOT) for half in ("py", "ipynb")]
+    if unknown := [file for file in options.take if file not in files]:
+        unknown, files = ", ".join(unknown), ", ".join(files)
+        args.error(f"no notebook file {unknown}: choose from {files}")
+    escape_unprintable()
+    drift, broken = sync(ROOT, options.check, options.take)
     for line in drift:
-        print(("drifted: " if check else "synced: ") + line)
+        print(("drifted: " if options.check else "synced: ") + line)
     for line in broken:
         print("mend by hand: " + line)
     if not drift and not broken:
         print("everything in sync")
-    sys.exit(bool(broken or (check and drift)))
+    sys.exit(bool(broken or (options.check and drift)))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def check(root):
 
 def main(root):
     problems, count = check(root)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a page may quote any letter
     for problem in problems:
         print(problem)
     print(", ".join(f"{n} {what}" for what, n in count.items()) + f": {len(problems)} problems")

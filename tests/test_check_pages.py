@@ -1,5 +1,8 @@
 """Each check of the built pages can fail: a small page that is fine, and one change at a time that is not."""
 
+import io
+import sys
+
 import check_pages
 import pytest
 
@@ -12,8 +15,9 @@ PAGE = """<html><head><link rel="stylesheet" href="style.css"><script src="scrip
 def book(tmp_path):
     for name in ("style.css", "script.js", "picture.png"):
         (tmp_path / name).touch()
-    (tmp_path / "other.html").write_text('<html><body><p id="there">Here.</p></body></html>')
-    (tmp_path / "index.html").write_text(PAGE)
+    other = '<html><body><p id="there">Here.</p></body></html>'
+    (tmp_path / "other.html").write_text(other, encoding="utf-8")
+    (tmp_path / "index.html").write_text(PAGE, encoding="utf-8")
     return tmp_path
 
 
@@ -48,7 +52,7 @@ def test_a_page_without_problems(book):
 )
 def test_one_problem(book, old, new, problem):
     assert old in PAGE
-    (book / "index.html").write_text(PAGE.replace(old, new, 1))
+    (book / "index.html").write_text(PAGE.replace(old, new, 1), encoding="utf-8")
     problems, _ = check_pages.check(book)
     assert len(problems) == 1 and problems[0].startswith("index.html: ") and problem in problems[0]
 
@@ -58,9 +62,17 @@ def test_one_problem(book, old, new, problem):
     [("style.css", "@font-face { src: url(https://example.org/f.woff2) }"), ("script.js", 'fetch("https://example.org/data.json")')],
 )
 def test_what_the_page_brings_along(book, name, text):
-    (book / name).write_text(text)
+    (book / name).write_text(text, encoding="utf-8")
     problems, _ = check_pages.check(book)
     assert len(problems) == 1 and problems[0].startswith(f"{name}: loads https://example.org/")
+
+
+def test_a_problem_that_the_terminal_cannot_show(book, monkeypatch):
+    (book / "index.html").write_text('<a href="π.html">', encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert check_pages.main(book)
+    sys.stdout.seek(0)
+    assert r"the link \u03c0.html leads to no file" in sys.stdout.read()
 
 
 def test_an_empty_folder_is_no_book(tmp_path):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import sync
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in sync.notebooks(ROOT)]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,7 +50,7 @@ def test_no_errors(nb):
 
 
 def test_nothing_of_the_machine(path, nb):
-    text = path.read_text() + path.with_suffix(".py").read_text()
+    text = sync.read(path) + sync.read(path.with_suffix(".py"))
     assert not re.findall(r"(?<![\w.])/(?:root|home|work|tmp|Users|var)/\S*", text)
     assert not re.findall(r" at 0x[0-9a-f]+", "".join(texts(nb)))
 
@@ -81,6 +82,12 @@ def test_cells_are_short(nb):
 
 def test_the_pair_as_jupytext_writes_it(path):
     """Once more by the command line, so that the check does not rest on our own code alone."""
-    command = [sys.executable, "-m", "jupytext", "--to", "py:percent", "--output", "-", str(path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert out == path.with_suffix(".py").read_text()
+    jupytext = [sys.executable, "-X", "utf8", "-m", "jupytext", "--to", "py:percent"]
+    done = subprocess.run(
+        [*jupytext, "--output", "-", path],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert done.stdout == sync.read(path.with_suffix(".py"))

@@ -1,6 +1,11 @@
-"""The copies in this repository are equal to their sources, and `book/sync.py` sees each way in which they could drift."""
+"""The copies in this repository are equal to their sources.
+
+`book/sync.py` sees each way in which they could drift, and loses no edit."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -48,23 +53,23 @@ def tree(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
+        sync.write(tmp_path / name, text)
     sync.sync(tmp_path)
     assert sync.sync(tmp_path, check=True) == ([], [])
     return tmp_path
 
 
 def edit(path, old, new):
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
+    assert old in sync.read(path)
+    sync.write(path, sync.read(path).replace(old, new))
 
 
 def edit_cells(tree, change):
     """Change the notebook's cells and write both files of the pair."""
     nb = nbformat.read(tree / "notebooks/01_tiny.ipynb", as_version=4)
     nb.cells = change(nb.cells)
-    (tree / "notebooks/01_tiny.ipynb").write_text(nbformat.writes(nb))
-    (tree / "notebooks/01_tiny.py").write_text(sync.percent(nb))
+    sync.write(tree / "notebooks/01_tiny.ipynb", nbformat.writes(nb))
+    sync.write(tree / "notebooks/01_tiny.py", sync.percent(nb))
 
 
 def test_mirrored_cell_holds_the_decorator_and_the_comment(tree):
@@ -78,7 +83,7 @@ def test_one_changed_character_in_the_module(tree):
     assert len(drift) == 1 and "cell 3: shift differs from tiny.py (line 3" in drift[0] and not broken
     sync.sync(tree)
     assert sync.sync(tree, check=True) == ([], [])
-    assert "x + 2" in (tree / "notebooks/01_tiny.py").read_text()
+    assert "x + 2" in sync.read(tree / "notebooks/01_tiny.py")
 
 
 def test_one_changed_character_in_the_cell(tree):
@@ -112,7 +117,7 @@ def test_a_tagged_cell_without_its_definition(tree, source, message):
 
 def test_constants_of_the_module_stand_in_some_cell(tree):
     module = tree / "memtx_minimal/tiny.py"
-    module.write_text(module.read_text() + "\n\nA, B = 1, 2  # what they are\n")
+    sync.write(module, sync.read(module) + "\n\nA, B = 1, 2  # what they are\n")
     assert sync.sync(tree, check=True)[1] == ["01_tiny: no cell has the lines 'A, B = 1, 2  # what they are' of tiny.py"]
     edit_cells(tree, lambda cells: [*cells, nbformat.v4.new_code_cell("A, B = 1, 2  # what they are\nprint(A)")])
     sync.sync(tree)
@@ -122,7 +127,8 @@ def test_constants_of_the_module_stand_in_some_cell(tree):
 def test_a_second_file_of_the_chapter(tree, monkeypatch):
     """Its definitions have cells too, in the order of their own file, wherever these stand among the others."""
     monkeypatch.setitem(sync.MODULES, "tiny", ["tiny", "quick"])
-    (tree / "memtx_minimal/quick.py").write_text("def fast():\n    return 1\n\n\ndef faster():\n    return 2\n")
+    code = "def fast():\n    return 1\n\n\ndef faster():\n    return 2\n"
+    sync.write(tree / "memtx_minimal/quick.py", code)
     faults = sync.sync(tree, check=True)[1]
     assert faults == [f"01_tiny: no cell for {name} of quick.py" for name in ("fast", "faster")]
     stubs = [nbformat.v4.new_code_cell(f"def {name}(): ...", metadata={"tags": ["from-module"]}) for name in ("fast", "faster")]
@@ -135,19 +141,193 @@ def test_a_second_file_of_the_chapter(tree, monkeypatch):
     assert "its cells go faster, fast; quick.py goes fast, faster" in sync.sync(tree, check=True)[1][0]
 
 
-@pytest.mark.parametrize("newer, older", [("py", "ipynb"), ("ipynb", "py")])
-def test_the_newer_file_of_a_pair_wins(tree, newer, older):
-    before = nbformat.read(tree / "notebooks/01_tiny.ipynb", as_version=4)
-    edit(tree / f"notebooks/01_tiny.{newer}", "shift(1)", "shift(1)  # two")
-    os.utime(tree / f"notebooks/01_tiny.{older}", (0, 0))
+def read_cells(tree):
+    return nbformat.read(tree / "notebooks/01_tiny.ipynb", as_version=4).cells
+
+
+def contents(tree):
+    files = [path for path in tree.rglob("*") if ".git" not in path.parts]
+    return {path: path.read_bytes() for path in files if path.is_file()}
+
+
+def edit_half(tree, half, new):
+    """Write `new` in place of a call in one file of the pair."""
+    edit(tree / f"notebooks/01_tiny.{half}", "shift(1)", new)
+
+
+def make_older(tree, half):
+    os.utime(tree / f"notebooks/01_tiny.{half}", (0, 0))
+
+
+def git(tree, *command):
+    names = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    nothing = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | nothing
+    subprocess.run(
+        ["git", *names, *command], cwd=tree, env=env, capture_output=True, check=True
+    )
+
+
+def commit(tree):
+    git(tree, "add", "--all")
+    git(tree, "commit", "--quiet", "--no-verify", "--message", "All")
+
+
+@pytest.fixture
+def clone(tree, tmp_path_factory):
+    """A fresh clone of the tree: never synced, and all its files of the same age."""
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    sync.write(tree / ".gitignore", "notebooks/.agreed/\n")
+    git(tree, "init", "--quiet")
+    commit(tree)
+    clone = tmp_path_factory.mktemp("clone")
+    git(tree, "clone", "--quiet", tree, clone)
+    for path in (clone / "notebooks").iterdir():
+        os.utime(path, (0, 0))
+    assert sync.sync(clone, check=True) == ([], [])
+    return clone
+
+
+def assert_refused(tree):
+    """Sync names both files and where they differ, and changes nothing."""
+    before = contents(tree)
+    drift, broken = sync.sync(tree)
+    assert not drift and len(broken) == 1
+    assert "01_tiny.py and 01_tiny.ipynb differ (line " in broken[0]
+    assert "shift(1)" in broken[0]
+    assert contents(tree) == before
+
+
+both_halves = pytest.mark.parametrize("half, other", [("py", "ipynb"), ("ipynb", "py")])
+
+
+@both_halves
+@pytest.mark.parametrize("older", ["py", "ipynb"])
+def test_the_edited_file_of_a_pair_wins_whatever_its_age(tree, half, other, older):
+    before = read_cells(tree)
+    edit_half(tree, half, "shift(1)  # two")
+    make_older(tree, older)
     drift, _ = sync.sync(tree, check=True)
-    assert len(drift) == 1 and f"01_tiny.{older} differs from 01_tiny.{newer}, which is newer and wins" in drift[0]
+    assert len(drift) == 1
+    assert f"01_tiny.{other} takes over the edit of 01_tiny.{half} (line " in drift[0]
     sync.sync(tree)
-    after = nbformat.read(tree / "notebooks/01_tiny.ipynb", as_version=4)
-    assert after.cells[3].source == "shift(1)  # two" and "# two" in (tree / "notebooks/01_tiny.py").read_text()
-    assert [c.id for c in after.cells] == [c.id for c in before.cells]
-    assert after.cells[3].outputs == before.cells[3].outputs
-    assert "jupytext" not in after.metadata  # the pair stands in pyproject.toml
+    after = read_cells(tree)
+    assert after[3].source == "shift(1)  # two"
+    assert "# two" in sync.read(tree / "notebooks/01_tiny.py")
+    assert [c.id for c in after] == [c.id for c in before]
+    assert after[3].outputs == before[3].outputs
+    # The pair stands in pyproject.toml.
+    assert '"jupytext"' not in sync.read(tree / "notebooks/01_tiny.ipynb")
+    assert sync.sync(tree, check=True) == ([], [])
+
+
+def test_two_edits_are_refused(tree):
+    edit_half(tree, "py", "shift(1)  # two")
+    edit_half(tree, "ipynb", "shift(1)  # three")
+    assert_refused(tree)
+
+
+def test_the_command_fails_on_two_edits(tree, monkeypatch, capsys):
+    edit_half(tree, "py", "shift(1)  # two")
+    edit_half(tree, "ipynb", "shift(1)  # three")
+    monkeypatch.setattr(sync, "ROOT", tree)
+    monkeypatch.setattr(sys, "argv", ["sync.py"])
+    with pytest.raises(SystemExit) as stop:
+        sync.main()
+    assert stop.value.code == 1
+    assert "make sync TAKE=01_tiny.py" in capsys.readouterr().out
+
+
+def test_one_edit_in_both_files_is_none(tree):
+    """As when JupyterLab saves a pair; the next edit starts from there."""
+    for half in ("py", "ipynb"):
+        edit_half(tree, half, "shift(1)  # two")
+    assert sync.sync(tree) == ([], [])
+    edit_half(tree, "ipynb", "shift(1)  # three")
+    sync.sync(tree)
+    assert "# three" in sync.read(tree / "notebooks/01_tiny.py")
+
+
+def test_another_form_of_the_same_text_is_no_edit(tree):
+    """A .py that another jupytext wrote, beside a notebook that was edited."""
+    py = tree / "notebooks/01_tiny.py"
+    edit(py, "jupytext_version: ", "jupytext_version: 0.")
+    edit_half(tree, "ipynb", "shift(1)  # two")
+    sync.sync(tree)
+    assert "# two" in sync.read(py) and "jupytext_version: 0." not in sync.read(py)
+    edit(py, "jupytext_version: ", "jupytext_version: 0.")
+    assert sync.sync(tree) == (["01_tiny.py is not as jupytext writes it"], [])
+    assert sync.sync(tree, check=True) == ([], [])
+
+
+@both_halves
+def test_without_a_state_to_compare_with_an_author_chooses(tree, half, other):
+    shutil.rmtree(tree / "notebooks/.agreed")
+    edit_half(tree, half, "shift(1)  # two")
+    assert_refused(tree)
+    sync.sync(tree, take=[f"01_tiny.{half}"])
+    assert read_cells(tree)[3].source == "shift(1)  # two"
+    edit_half(tree, half, "shift(1)  # of no use")
+    sync.sync(tree, take=[f"01_tiny.{other}"])
+    assert read_cells(tree)[3].source == "shift(1)  # two"
+    assert sync.sync(tree, check=True) == ([], [])
+
+
+def test_a_file_to_take_must_be_there(tree, monkeypatch, capsys):
+    monkeypatch.setattr(sync, "ROOT", tree)
+    monkeypatch.setattr(sys, "argv", ["sync.py", "--take", "01_tny.py"])
+    with pytest.raises(SystemExit):
+        sync.main()
+    assert "choose from 01_tiny.py, 01_tiny.ipynb" in capsys.readouterr().err
+
+
+@both_halves
+def test_an_edit_in_a_fresh_clone(clone, half, other, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(clone / "elsewhere"))
+    edit_half(clone, half, "shift(1)  # two")
+    make_older(clone, half)
+    assert f"takes over the edit of 01_tiny.{half}" in sync.sync(clone)[0][0]
+    edit_half(clone, half, "shift(1)  # three")  # not committed in between
+    make_older(clone, half)
+    assert f"takes over the edit of 01_tiny.{half}" in sync.sync(clone)[0][0]
+    assert read_cells(clone)[3].source == "shift(1)  # three  # two"
+    assert sync.sync(clone, check=True) == ([], [])
+
+
+def test_two_edits_in_a_fresh_clone_are_refused(clone):
+    edit_half(clone, "py", "shift(1)  # two")
+    edit_half(clone, "ipynb", "shift(1)  # three")
+    assert_refused(clone)
+
+
+@both_halves
+def test_an_edit_after_a_pull(clone, half, other):
+    """The last commit counts where the last sync is of an older state."""
+    sync.sync(clone)
+    for suffix in ("py", "ipynb"):
+        edit_half(clone, suffix, "shift(1)  # of another author")
+    commit(clone)
+    edit_half(clone, half, "shift(1)  # two")
+    sync.sync(clone)
+    assert "# two" in read_cells(clone)[3].source
+    assert sync.sync(clone, check=True) == ([], [])
+
+
+def test_half_a_pair_in_a_commit_is_no_state_to_compare_with(clone):
+    """A .py edited on the web: it is as committed, and yet not to be overwritten."""
+    edit_half(clone, "py", "shift(1)  # two")
+    commit(clone)
+    assert_refused(clone)
+
+
+@both_halves
+def test_a_file_taken_back_to_the_commit_is_refused(clone, half, other):
+    """It was undone on purpose, or the other one was edited: nobody can tell."""
+    edit_half(clone, "py", "shift(1)  # two")
+    sync.sync(clone)
+    git(clone, "checkout", "--", f"notebooks/01_tiny.{half}")
+    assert_refused(clone)
 
 
 @pytest.mark.parametrize("gone", ["py", "ipynb"])
@@ -158,13 +338,42 @@ def test_a_missing_half_is_written(tree, gone):
     assert sync.sync(tree, check=True) == ([], [])
 
 
+def test_which_files_are_notebooks(tmp_path):
+    names = "b_fast 00_attention 10_last a_by_hand c_draft 1_one notes 02"
+    (tmp_path / "notebooks/solutions").mkdir(parents=True)
+    for name in names.split():
+        (tmp_path / f"notebooks/{name}.py").touch()
+    for name in ("00_attention.ipynb", "03_web.ipynb", "04_data.txt", ".05_x.py.part"):
+        (tmp_path / "notebooks" / name).touch()
+    found = ["00_attention", "03_web", "10_last", "a_by_hand", "b_fast"]
+    assert sync.notebooks(tmp_path) == found
+
+
+def test_an_appendix_has_its_module_and_its_links(tree):
+    for half in ("py", "ipynb"):
+        path = tree / f"notebooks/01_tiny.{half}"
+        path.rename(path.with_stem("a_tiny"))
+    sync.sync(tree)
+    assert sync.sync(tree, check=True) == ([], [])
+    readme = sync.read(tree / "README.md")
+    assert "[notebook a]: notebooks/a_tiny.ipynb\n[colab a]: https://colab" in readme
+
+
+def test_a_notebook_without_its_module(tree):
+    (tree / "memtx_minimal/tiny.py").rename(tree / "memtx_minimal/tinier.py")
+    assert sync.sync(tree, check=True)[1] == [
+        "01_tiny: no memtx_minimal/tiny.py; mend sync.MODULES or add it"
+    ]
+
+
 def test_a_new_address_reaches_every_copy(tree):
     edit(tree / "pyproject.toml", "someone", "someone-else")
     drift, broken = sync.sync(tree, check=True)
     assert len(drift) == 5 and not broken
     sync.sync(tree)
-    left = [p.name for p in tree.rglob("*") if p.is_file() and "someone/" in p.read_text()]
-    assert not left and sync.sync(tree, check=True) == ([], [])
+    files = [path for path in tree.rglob("*") if path.is_file()]
+    assert not [path.name for path in files if "someone/" in sync.read(path)]
+    assert sync.sync(tree, check=True) == ([], [])
 
 
 def test_a_drifted_badge(tree):

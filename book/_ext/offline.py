@@ -11,6 +11,8 @@ from shutil import copyfile
 
 MATHJAX = "tex-svg-full.js"  # one file: every TeX extension, and the letters as SVG paths instead of web fonts
 
+PRELOAD = re.compile(rb'<link rel="preload" as="font"[^>]*>\r?\n?')
+
 
 def copy_mathjax(app):
     target = Path(app.outdir) / "_static" / "mathjax"
@@ -20,7 +22,7 @@ def copy_mathjax(app):
 
 def drop_preloads(app, error):
     for page in Path(app.outdir).rglob("*.html"):
-        page.write_text(re.sub(r'<link rel="preload" as="font"[^>]*>\n?', "", page.read_text()))
+        page.write_bytes(PRELOAD.sub(b"", page.read_bytes()))
 
 
 NO_EXCERPTS = 'if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false'

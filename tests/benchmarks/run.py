@@ -83,16 +83,20 @@ def answer(row, rounds, threads):
 def public_python():
     """The interpreter of the environment with the public packages, which is built when its requirements have changed."""
     requirements, venv = HERE / "requirements.txt", HERE / ".venv"
-    stamp, wanted = venv / "stamp", sys.version + requirements.read_text()
+    stamp = venv / "stamp"
+    wanted = sys.version + requirements.read_text(encoding="utf-8")
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         print("  installing the public packages, once, some minutes", file=sys.stderr, flush=True)
         for command in ([sys.executable, "-m", "venv", "--clear", venv], [python, "-m", "pip", "install", "--quiet", "-r", requirements]):
-            done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+            utf8 = os.environ | {"PYTHONUTF8": "1"}
+            done = subprocess.run(
+                command, check=False, env=utf8, stderr=subprocess.PIPE, encoding="utf-8"
+            )
             if done.returncode:
                 reasons = re.findall(r"(?m)^ERROR: (.*)", done.stderr) or done.stderr.splitlines() or ["no reason given"]
                 raise FileNotFoundError(f"the public packages cannot be installed: {reasons[-1]}")
-        stamp.write_text(wanted)
+        stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
@@ -105,7 +109,9 @@ def run(row, rounds, threads):
     command = [python, __file__, "--rows", row["name"], "--rounds", str(rounds), "--threads", str(threads), "--here"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     environment |= row.get("environment", {})
-    done = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, check=False, env=environment, stdout=subprocess.PIPE, encoding="utf-8"
+    )
     return json.loads(done.stdout) if done.stdout else {"crashed": f"exit status {done.returncode}"}
 
 
@@ -154,7 +160,8 @@ def machine():
 def write(path, results):
     """All or nothing: a reader never sees half a file."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(results, indent=2) + "\n")
+    text = json.dumps(results, indent=2) + "\n"
+    part.write_text(text, encoding="utf-8", newline="\n")
     os.replace(part, path)
 
 
@@ -167,6 +174,7 @@ def main():
     parser.add_argument("--json", type=Path, metavar="PATH", default=HERE / "results.json", help="where to write the results")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # measure one row in this very process
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     names = options.rows.split(",")
     if unknown := [name for name in names if name not in rows]:
         parser.error(f"no row {', '.join(unknown)}: choose from {', '.join(rows)}")

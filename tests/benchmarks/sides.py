@@ -1,5 +1,6 @@
 """What the rows of several chapters share: sizes, a training step by phase, a notebook from top to bottom."""
 
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,8 @@ from threading import Event, Thread
 import torch
 import torch.nn.functional as F
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS, BOOK = ROOT / "notebooks", ROOT / "book"
 VOCAB = 65
 SIZE = {"d_model": 128, "n_heads": 4, "n_layers": 4, "d_ff": 512}
 T = 64
@@ -60,9 +62,13 @@ def watch(stop, totals):
 
 
 def notebook(name):
-    """Minutes to run a notebook, such as "01_transformer_xl", from top to bottom in a kernel of its own, and the most memory that the kernel held."""
+    """Minutes to run a notebook, such as "01_transformer_xl", from top to bottom in a
+    kernel of its own, and the most memory that the kernel held."""
     import nbformat
     from nbclient import NotebookClient
+
+    sys.path.append(str(BOOK))
+    from execute import ThisPython
 
     content = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     stop, totals = Event(), [0]
@@ -70,7 +76,13 @@ def notebook(name):
     watcher.start()
     start = time.perf_counter()
     try:
-        NotebookClient(content, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+        NotebookClient(
+            content,
+            timeout=None,
+            kernel_name="python3",
+            kernel_manager_class=ThisPython,
+            resources={"metadata": {"path": str(NOTEBOOKS)}},
+        ).execute()
     finally:
         stop.set()
         watcher.join()
