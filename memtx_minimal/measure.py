@@ -1,10 +1,16 @@
-"""What a model costs and where it looks: bytes, seconds, attention weights. Nothing here changes the model."""
+"""What a model costs and where it looks: bytes, seconds, attention weights.
 
+Nothing here changes the model.
+"""
+
+import operator
 import statistics
 import sys
 import time
 import weakref
+from collections.abc import Iterator, Mapping, Sequence, Set, ValuesView
 from contextlib import contextmanager
+from numbers import Number
 
 import torch
 import torch.nn.functional as F
@@ -12,75 +18,131 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# ---------------------------------------------------------------- bytes
+
 
 def nbytes(tensors):
-    """Bytes of storage that a tensor, or a list, tuple or dict of them (such as a memory), keeps alive.
+    """Bytes that tensors need: every byte that one of them shows, once.
 
-    Numbers among them count nothing.
+    tensors: a tensor, or lists, tuples, sets, dicts and iterators of tensors, such as a
+    memory; numbers and None among them count nothing. A view needs what it shows, not
+    the whole storage behind it (that is `kept_alive`); an expanded tensor needs what it
+    repeats, once. ValueError for anything else, and for tensors that are not dense.
     """
-    storages = {}
-
-    def visit(item):
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif not isinstance(item, (int, float, type(None))):
-            for part in item.values() if isinstance(item, dict) else item:
-                visit(part)
-
-    visit(tensors)
-    return sum(storages.values())
+    views = _by_storage(tensors)
+    return sum(_shown(storage, views[storage]) for storage in views)
 
 
-def bytes_for_backward(model, run):
-    """Bytes that autograd keeps between `run()`, a forward pass of the model, and its backward pass.
+def kept_alive(tensors):
+    """Bytes that cannot be freed while the tensors live: whole storages, each once.
 
-    Each storage counts once; the model's own parameters and buffers do not count.
+    A view of three numbers keeps alive all the numbers that it is a view of. Takes what
+    `nbytes` takes, and is never less.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    return sum(storage.nbytes() for storage in _by_storage(tensors))
+
+
+def bytes_for_backward(model, run, count=nbytes):
+    """Bytes that autograd keeps between `run()`, a forward pass, and the backward pass.
+
+    run returns what the backward pass would start from, such as the logits or the loss.
+    What was saved for it counts, inputs too, but not the parameters and buffers of the
+    model. count says how: `nbytes`, what the backward pass reads, or `kept_alive`, the
+    whole storages behind it.
+    """
+    saved = []
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        tensor = tensor.detach()  # an output that led back to its graph would never go
+        saved.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()  # holds the graph, so that no storage is freed and its address used again
-    total = nbytes([tensor for address, tensor in kept.items() if address not in own])
+        result = run()
+    kept = [tensor for ref in saved if (tensor := ref()) is not None]  # by result
+    own = _by_storage([*model.parameters(), *model.buffers()])
+    total = count([tensor for tensor in kept if _storage(tensor) not in own])
     del result
     return total
 
 
+def _by_storage(tensors):
+    """{storage: the tensors that are views of it}; two views give the same storage."""
+    views = {}
+    for tensor in _tensors_in(tensors):
+        views.setdefault(_storage(tensor), []).append(tensor)
+    return views
+
+
+_SEVERAL = Sequence, Set, ValuesView, Iterator
+
+
+def _tensors_in(item):
+    if isinstance(item, torch.Tensor):
+        yield item
+    elif isinstance(item, Mapping):
+        yield from _tensors_in(item.values())
+    elif isinstance(item, _SEVERAL) and not isinstance(item, (str, bytes)):
+        for part in item:
+            yield from _tensors_in(part)
+    elif item is not None and not isinstance(item, Number):
+        raise ValueError(
+            f"cannot count the bytes of {type(item).__name__}: pass a tensor, or a "
+            "list, tuple, set, dict or iterator of tensors"
+        )
+
+
+def _storage(tensor):
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"only dense tensors are counted, this one is {kind}")
+    return tensor.untyped_storage()
+
+
+def _shown(storage, views):
+    """Bytes of the storage that lie in one of the views, or in several."""
+    size = storage.nbytes()
+    if size == 0 or any(v.is_contiguous() and v.nbytes == size for v in views):
+        return size
+    unit = min(view.element_size() for view in views)  # bytes; all are powers of 2
+    shown = torch.zeros(-(-size // unit), dtype=torch.bool, device="cpu")
+    for view in views:
+        k = view.element_size() // unit
+        shape = [n if s else min(n, 1) for n, s in zip(view.shape, view.stride())]
+        strides = [k * s for s in view.stride()]
+        offset = k * view.storage_offset()
+        shown.as_strided((*shape, k), (*strides, 1), offset).fill_(True)
+    return unit * int(shown.sum())
+
+
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation allocates, for as long as it lives."""
+    """Counts the bytes of every storage that an operation allocates, while it lives."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.peak, self.live = 0, 0, set()
+        self.now, self.peak = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        old = {id(storage) for storage in self.storages((args, kwargs))}
+        old = self.storages((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        for storage in self.storages(result):
-            if id(storage) not in old | self.live:
-                self.live.add(id(storage))
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, id(storage), storage.nbytes())
+        for storage in self.storages(result) - old:
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage.nbytes())
         return result
 
     def storages(self, tree):
-        return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        return {_storage(t) for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
 
-    def free(self, key, size):
-        self.live.discard(key)
+    def free(self, size):
         self.now -= size
 
 
 def peak_bytes(run, device="cpu"):
     """The most bytes that `run()` held at once, on top of what was there before.
 
-    On CUDA this is the allocator's own count. Elsewhere it counts the tensors that operations return,
-    not the scratch space inside one operation.
+    On CUDA this is the allocator's own count. Elsewhere it counts the tensors that
+    operations return, not the scratch space inside one operation.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -96,7 +158,10 @@ def peak_bytes(run, device="cpu"):
 
 
 def process_peak_bytes():
-    """The most physical memory that this process has had so far, in bytes; nan where the system does not say."""
+    """The most physical memory that this process has had so far, in bytes.
+
+    nan where the system does not say.
+    """
     try:
         import resource  # not on Windows
     except ImportError:
@@ -106,9 +171,18 @@ def process_peak_bytes():
 
 
 def seconds(run, *, warmup=2, rounds=7, device="cpu"):
-    """Median wall time of `run()` in seconds, after `warmup` runs that do not count."""
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}  # their work goes on by itself
-    synchronize = waits.get(torch.device(device).type, lambda: None)
+    """Median wall time of `run()` in seconds, after `warmup` runs that do not count.
+
+    ValueError if warmup is below 0 or rounds, the runs that count, below 1.
+    """
+    if operator.index(warmup) < 0 or operator.index(rounds) < 1:
+        raise ValueError(f"{warmup=} is not 0 or more, or {rounds=} not 1 or more")
+    device = torch.device(device)
+    waits = {  # their work goes on by itself
+        "cuda": lambda: torch.cuda.synchronize(device),
+        "mps": torch.mps.synchronize,
+    }
+    synchronize = waits.get(device.type, lambda: None)
     times = []
     for _ in range(warmup + rounds):
         synchronize()
@@ -119,8 +193,11 @@ def seconds(run, *, warmup=2, rounds=7, device="cpu"):
     return statistics.median(times[warmup:])
 
 
+# ---------------------------------------------------------------- attention
+
+
 class _Recorder(TorchFunctionMode):
-    """Keeps every softmax over scores (B, H, T, K), and opens up fused attention to see its softmax."""
+    """Keeps every softmax over scores (B, H, T, K), that of fused attention too."""
 
     def __init__(self, weights):
         super().__init__()
@@ -131,35 +208,45 @@ class _Recorder(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func in (torch.softmax, torch.Tensor.softmax, F.softmax) and result.dim() == 4:
+        softmax = func in (torch.softmax, torch.Tensor.softmax, F.softmax)
+        if softmax and result.dim() == 4:
             self.weights.append(result.detach())
         return result
 
-    def attend(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    def attend(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+        scale=None, enable_gqa=False,
+    ):  # fmt: skip
         """The softmax that fused attention computes and throws away."""
-        scores = (q @ k.mT) * (q.size(-1) ** -0.5 if scale is None else scale)  # (B, H, T, K)
+        if enable_gqa:  # several heads of the queries share one of the keys and values
+            shared_by = query.size(-3) // key.size(-3)
+            key, value = (x.repeat_interleave(shared_by, -3) for x in (key, value))
+        scale = query.size(-1) ** -0.5 if scale is None else scale
+        scores = (query @ key.mT) * scale  # (B, H, T, K)
         if is_causal:
             attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:
             scores = scores + attn_mask
-        weights = scores.softmax(dim=-1)
+        blind = scores.isneginf().all(dim=-1, keepdim=True)  # rows that may see nothing
+        weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
         self.weights.append(weights.detach())
-        return F.dropout(weights, dropout_p) @ v
+        return F.dropout(weights, dropout_p) @ value
 
 
 @contextmanager
 def record_attention(model):
-    """Inside the block, `weights` holds the attention of the model's latest forward pass.
+    """Inside the block, `weights` holds the attention of the model's latest forward.
 
     with record_attention(model) as weights:
         model(tokens, memory)
     weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
 
-    A model that reads in pieces or in steps gives them piece by piece, step by step. A Reformer that
-    hashes never has them whole: ask reformer.look. A FeedbackTransformer shows them with by_hand=False.
-    Record in eval mode: in training, the looks of a CompressiveTransformer's own loss stand among them.
+    A model that reads in pieces or in steps gives them piece by piece, step by step. A
+    Reformer that hashes never has them whole: ask reformer.look. A FeedbackTransformer
+    shows them with by_hand=False. Record in eval mode: in training, the looks of a
+    CompressiveTransformer's own loss stand among them.
     """
     weights, modes = [], []
 

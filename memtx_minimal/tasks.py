@@ -1,51 +1,75 @@
-"""Streams with a known right answer, made up as they go: what a memory must hold is known to the token.
+"""Streams with a known right answer, made up as they go.
 
-Each yields endlessly what `training.train` takes in place of a stream: (tokens, targets, at_start, ...), tokens
-and targets (B, T) int64. Targets of -100 do not count.
+What a memory must hold is known to the token. Each task yields endlessly what
+`training.train` takes in place of a stream: (tokens, targets, at_start, ...), tokens
+and targets (B, T) int64. Targets of -100 do not count. The same seed, 0, 1, 2 ...,
+gives the same stream. Sizes and seeds that cannot work are a ValueError at the call.
 """
 
 import torch
+
+from memtx_minimal import inputs
 
 NOISE, KEYS, VALUES = 8, 4, 8
 RECALL_VOCAB = NOISE + KEYS * VALUES + KEYS  # 44 tokens
 
 
 def recall(batch_size, segment_len, seed=0):
-    """Endless lanes in which values are given to keys and asked for later; chance is 1 / 8.
+    """Endless lanes in which values are given to keys and asked for later.
 
-    Of the tokens 6 % say "this key has now this value" (one token a pair), 40 % ask for a key, and the rest
-    is noise. The target of a question is the latest value of its key, 0 ... 7; all other targets, and questions
-    before the first answer, are -100. Yields (tokens, targets, at_start, age), (B, T) each but at_start: age is
-    how many tokens ago the answer stood, 0 where there is no target.
+    Of the tokens 6 % say "this key has now this value" (one token a pair), 40 % ask for
+    a key, and the rest is noise. The target of a question is the latest value of its
+    key, 0 ... 7, so chance is 1 / 8; all other targets, and those of questions before
+    the first answer, are -100. Yields (tokens, targets, at_start, age), (B, T) each but
+    at_start: age is how many tokens ago the answer stood, 0 where there is no target.
     """
-    dice = torch.Generator().manual_seed(seed)
-    latest, since = torch.full((batch_size, KEYS), -100), torch.zeros(batch_size, KEYS, dtype=torch.int64)
-    at_start, rows = True, torch.arange(batch_size)
-    while True:
-        kind = torch.rand(batch_size, segment_len, generator=dice)
-        key, value, noise = (
-            torch.randint(n, (batch_size, segment_len), generator=dice) for n in (KEYS, VALUES, NOISE)
-        )
-        says, asks = kind < 0.06, kind > 0.6
-        tokens = torch.where(says, NOISE + key * VALUES + value, noise)
-        tokens = torch.where(asks, NOISE + KEYS * VALUES + key, tokens)
-        targets, ages = torch.full_like(tokens, -100), torch.zeros_like(tokens)
-        for t in range(segment_len):
-            since += 1
-            k, told = key[:, t], says[:, t]
-            latest[rows[told], k[told]] = value[told, t]
-            since[rows[told], k[told]] = 0
-            known = asks[:, t] & (latest[rows, k] >= 0)
-            targets[known, t] = latest[rows, k][known]
-            ages[known, t] = since[rows, k][known]
-        yield tokens, targets, at_start, ages
-        at_start = False
+    sizes = {"batch_size": batch_size, "segment_len": segment_len, "seed": seed}
+    inputs.check_sizes(sizes)
+    B, T = int(batch_size), int(segment_len)
+    generator = torch.Generator().manual_seed(int(seed))
+
+    def stream():
+        latest = torch.full((B, KEYS), -100)
+        since = torch.zeros(B, KEYS, dtype=torch.int64)
+        at_start, rows = True, torch.arange(B)
+        while True:
+            kind = torch.rand(B, T, generator=generator)
+            key, value, noise = (
+                torch.randint(n, (B, T), generator=generator)
+                for n in (KEYS, VALUES, NOISE)
+            )
+            says, asks = kind < 0.06, kind > 0.6
+            tokens = torch.where(says, NOISE + key * VALUES + value, noise)
+            tokens = torch.where(asks, NOISE + KEYS * VALUES + key, tokens)
+            targets, ages = torch.full_like(tokens, -100), torch.zeros_like(tokens)
+            for t in range(T):
+                since += 1
+                k, told = key[:, t], says[:, t]
+                latest[rows[told], k[told]] = value[told, t]
+                since[rows[told], k[told]] = 0
+                known = asks[:, t] & (latest[rows, k] >= 0)
+                targets[known, t] = latest[rows, k][known]
+                ages[known, t] = since[rows, k][known]
+            yield tokens, targets, at_start, ages
+            at_start = False
+
+    return stream()
 
 
 def recall_text(tokens):
-    """Tokens (T,) of the recall task as words: `b=5` sets a key, `b?` asks for it, `-` is noise."""
+    """Tokens (T,) of the recall task as words.
+
+    `b=5` sets a key, `b?` asks for it, `-` is noise. ValueError for tokens that are not
+    a row of integers 0 ... RECALL_VOCAB - 1.
+    """
+    tokens = torch.as_tensor(tokens)
+    if tokens.dim() != 1 or tokens.is_floating_point():
+        form = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        raise ValueError(f"pass tokens (T,), integers, a batch row by row; not {form}")
     words = []
     for token in tokens.tolist():
+        if not 0 <= token < RECALL_VOCAB:
+            raise ValueError(f"token {token}: recall has 0 ... {RECALL_VOCAB - 1}")
         pair = token - NOISE
         if pair < 0:
             words.append("-")
@@ -57,37 +81,53 @@ def recall_text(tokens):
 
 
 def cups(batch_size, segment_len, n_cups=5, seed=0):
-    """A ball lies under the first of n_cups cups; each token swaps two cups, the target is where the ball is then.
+    """A ball lies under the first of n_cups cups, cups are swapped: where is it then?
 
-    Tokens count the pairs of cups: 0 is (0, 1), 1 is (0, 2) and so on, n_cups * (n_cups - 1) / 2 in all. Each
-    segment is a game of its own. Fan et al. test models with tasks of this kind: the order of the swaps matters,
-    so counting them is not enough.
+    Each token swaps two cups, the target is where the ball is afterwards. Tokens count
+    the pairs of cups: 0 is (0, 1), 1 is (0, 2) and so on, n_cups * (n_cups - 1) / 2 in
+    all. Each segment is a game of its own. Fan et al. test models with tasks of this
+    kind: the order of the swaps matters, so counting them is not enough.
     """
-    pairs = torch.combinations(torch.arange(n_cups))  # (pairs, 2)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        tokens = torch.randint(len(pairs), (batch_size, segment_len), generator=generator)
-        ball, targets = torch.zeros(batch_size, dtype=torch.int64), []
-        for a, b in zip(*pairs[tokens].permute(2, 1, 0)):  # (B,) each, one step of all games
-            ball = torch.where(ball == a, b, torch.where(ball == b, a, ball))  # (B,)
-            targets.append(ball)
-        yield tokens, torch.stack(targets, dim=1), True
+    sizes = {"batch_size": batch_size, "segment_len": segment_len, "n_cups": n_cups}
+    inputs.check_sizes(sizes | {"seed": seed})
+    B, T = int(batch_size), int(segment_len)
+    generator = torch.Generator().manual_seed(int(seed))
+    pairs = torch.combinations(torch.arange(int(n_cups)))  # (pairs, 2)
+
+    def stream():
+        while True:
+            tokens = torch.randint(len(pairs), (B, T), generator=generator)
+            ball, targets = torch.zeros(B, dtype=torch.int64), []
+            swaps = pairs[tokens].permute(2, 1, 0)  # (2, T, B)
+            for a, b in zip(*swaps):  # (B,) each, one step of all games
+                others = torch.where(ball == b, a, ball)
+                ball = torch.where(ball == a, b, others)  # (B,)
+                targets.append(ball)
+            yield tokens, torch.stack(targets, dim=1), True
+
+    return stream()
 
 
-def duplicate(*, batch_size=32, length=64, n_symbols=63, seed=0):
-    """The task of the Reformer paper, section 5: 0 w 0 w, where w is length / 2 - 1 random symbols.
+def duplicate(batch_size=32, length=64, n_symbols=63, seed=0):
+    """The task of the Reformer paper, section 5: 0 w 0 w.
 
-    Symbols are 1 ... n_symbols, so the vocabulary has n_symbols + 1. Only the second w is to be predicted:
-    each of its tokens stands length / 2 before, for those who can look there.
+    w is length / 2 - 1 random symbols, so length is even, 4 or more. Symbols are
+    1 ... n_symbols, so the vocabulary has n_symbols + 1. Only the second w is to be
+    predicted: each of its tokens stands length / 2 before, for those who can look so
+    far back.
     """
-    if length < 4 or length % 2:
-        raise ValueError(f"{length=} is not an even number from 4 on")
-    generator = torch.Generator().manual_seed(seed)
-    half = length // 2
-    while True:
-        w = torch.randint(1, n_symbols + 1, (batch_size, half), generator=generator)
-        w[:, 0] = 0
-        tokens = torch.cat([w, w], dim=1)  # (B, length)
-        targets = torch.full_like(tokens, -100)
-        targets[:, half:-1] = tokens[:, half + 1 :]
-        yield tokens, targets, True
+    sizes = {"batch_size": batch_size, "length": length, "n_symbols": n_symbols}
+    inputs.check_sizes(sizes | {"seed": seed}, even=["length"])
+    B, half = int(batch_size), int(length) // 2
+    generator = torch.Generator().manual_seed(int(seed))
+
+    def stream():
+        while True:
+            w = torch.randint(1, int(n_symbols) + 1, (B, half), generator=generator)
+            w[:, 0] = 0
+            tokens = torch.cat([w, w], dim=1)  # (B, length)
+            targets = torch.full_like(tokens, -100)
+            targets[:, half:-1] = tokens[:, half + 1 :]
+            yield tokens, targets, True
+
+    return stream()

@@ -14,7 +14,7 @@ from memtx_minimal.compressive_transformer import (
     by_content,
     usage,
 )
-from memtx_minimal.measure import nbytes, record_attention
+from memtx_minimal.measure import kept_alive, record_attention
 from memtx_minimal.transformer_xl import TransformerXL
 from test_models import COMPRESSED, SMALL, read, tokens
 
@@ -129,7 +129,7 @@ def test_memories_grow_to_their_size_and_stay_there(segment_len):
         _, memory = model(tokens(2, segment_len), memory)
         for compressed, recent in memory:
             assert compressed.size(1) <= 3 and 1 <= recent.size(1) <= 4
-            assert nbytes([compressed, recent]) == (compressed.numel() + recent.numel()) * 8
+            assert kept_alive([compressed, recent]) == (compressed.numel() + recent.numel()) * 8
     assert compressed.size(1) == 3 and recent.size(1) >= 3
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from memtx_minimal import feedback_transformer as module
 from memtx_minimal.feedback_segment import BLOCK, Segment
 from memtx_minimal.feedback_transformer import ROOM, FeedbackTransformer, start_from_parallel
-from memtx_minimal.measure import bytes_for_backward, nbytes, record_attention
+from memtx_minimal.measure import bytes_for_backward, kept_alive, record_attention
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 from test_models import SMALL, read, tokens
 
@@ -182,9 +182,9 @@ def test_memory_grows_to_mem_len_and_stays_there(mem_len, shared_kv):
         with torch.no_grad():
             _, cache = model(tokens(2, 4), cache)
         M = min(mem_len, seen)
-        assert vectors.shape == (2, M, 16) and nbytes(vectors) == 2 * M * 16 * 8  # no view of more
+        assert vectors.shape == (2, M, 16) and kept_alive(vectors) == 2 * M * 16 * 8  # no view of more
         assert cache.latest(mem_len).shape == (n_kv, 2, 2, 2, M, 8)
-        assert nbytes(cache) <= n_kv * 2 * 2 * (max(M, 4) + ROOM * (seen > 4)) * 16 * 8  # a first text just fits
+        assert kept_alive(cache) <= n_kv * 2 * 2 * (max(M, 4) + ROOM * (seen > 4)) * 16 * 8  # a first text just fits
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def test_a_cache_holds_little_more_than_mem_len(by_hand, T):
     for n in range(3):
         _, memory = model(tokens(2, T, seed=n), memory)
         assert memory.kv.size(-2) <= model.mem_len + ROOM
-        assert nbytes(memory) == nbytes(memory.kv.clone())  # and no view of more
+        assert kept_alive(memory) == kept_alive(memory.kv.clone())  # and no view of more
 
 
 @torch.no_grad()

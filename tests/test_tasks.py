@@ -1,7 +1,10 @@
 """Streams made up as they go: right answers, and a seed that fixes them."""
 
+import hashlib
 import itertools
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ def test_recall_targets_are_the_latest_values_and_ages_their_distances():
     stream, T = tasks.recall(3, 7, seed=1), 7
     batches = [next(stream) for _ in range(60)]
     for lane in range(3):
-        words = [word for tokens, *_ in batches for word in tasks.recall_text(tokens[lane])]
+        words = [w for tokens, *_ in batches for w in tasks.recall_text(tokens[lane])]
         targets = torch.cat([batch[1][lane] for batch in batches]).tolist()
         ages = torch.cat([batch[3][lane] for batch in batches]).tolist()
         latest = {}
@@ -27,11 +30,14 @@ def test_recall_targets_are_the_latest_values_and_ages_their_distances():
             else:
                 assert (targets[n], ages[n]) == (-100, 0)
     assert [batch[2] for batch in batches] == [True] + [False] * 59
-    assert all(batch[0].shape == (3, T) and batch[0].max() < tasks.RECALL_VOCAB for batch in batches)
+    for tokens, *_ in batches:
+        assert tokens.shape == (3, T) and tokens.max() < tasks.RECALL_VOCAB
 
 
 def test_recall_has_the_shares_that_it_promises():
-    words = [w for _, (tokens, *_) in zip(range(20), tasks.recall(16, 64)) for row in tokens for w in tasks.recall_text(row)]
+    batches = itertools.islice(tasks.recall(16, 64), 20)
+    rows = [row for tokens, *_ in batches for row in tokens]
+    words = [word for row in rows for word in tasks.recall_text(row)]
     for mark, share in [("=", 0.06), ("?", 0.4), ("-", 0.54)]:
         assert abs(sum(mark in word for word in words) / len(words) - share) < 0.01
 
@@ -49,7 +55,8 @@ def test_cups_follow_the_ball(n_cups):
     """Against a table of cups that are swapped one pair after the other."""
     pairs = list(itertools.combinations(range(n_cups), 2))
     tokens, targets, at_start = next(tasks.cups(20, 12, n_cups=n_cups, seed=3))
-    assert tokens.shape == targets.shape == (20, 12) and tokens.dtype == targets.dtype == torch.int64 and at_start
+    assert tokens.shape == targets.shape == (20, 12) and at_start
+    assert tokens.dtype == targets.dtype == torch.int64
     assert int(tokens.max()) < len(pairs)
     for game, answers in zip(tokens.tolist(), targets.tolist()):
         cups = ["ball"] + ["nothing"] * (n_cups - 1)
@@ -61,26 +68,38 @@ def test_cups_follow_the_ball(n_cups):
 
 def test_cups_have_every_swap_and_every_place():
     tokens, targets, _ = next(tasks.cups(500, 16))
-    assert tokens.unique().tolist() == list(range(10)) and targets.unique().tolist() == list(range(5))
-    assert torch.bincount(targets[:, -1], minlength=5).min() > 60  # no place to guess after many swaps
+    assert tokens.unique().tolist() == list(range(10))
+    assert targets.unique().tolist() == list(range(5))
+    last = torch.bincount(targets[:, -1], minlength=5)
+    assert last.min() > 60  # no place to guess after many swaps
 
 
 def test_cups_repeat_with_a_seed_and_differ_without():
     def some(seed):
-        return torch.stack([tokens for tokens, _, _ in itertools.islice(tasks.cups(4, 6, seed=seed), 3)])
+        games = itertools.islice(tasks.cups(4, 6, seed=seed), 3)
+        return torch.stack([tokens for tokens, _, _ in games])
 
     torch.manual_seed(7)
     first = some(1)
     torch.manual_seed(8)
-    assert torch.equal(first, some(1)) and not torch.equal(first, some(2)) and not torch.equal(first[0], first[1])
+    assert torch.equal(first, some(1))
+    assert not torch.equal(first, some(2)) and not torch.equal(first[0], first[1])
 
 
-@given(batch_size=st.integers(1, 4), half=st.integers(2, 20), n_symbols=st.integers(1, 9), seed=st.integers(0, 99))
+@given(
+    batch_size=st.integers(1, 4),
+    half=st.integers(2, 20),
+    n_symbols=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
 def test_duplicate_says_everything_twice(batch_size, half, n_symbols, seed):
-    stream = tasks.duplicate(batch_size=batch_size, length=2 * half, n_symbols=n_symbols, seed=seed)
+    sizes = dict(batch_size=batch_size, length=2 * half, n_symbols=n_symbols)
+    stream = tasks.duplicate(**sizes, seed=seed)
     for tokens, targets, at_start in itertools.islice(stream, 3):
-        assert tokens.shape == targets.shape == (batch_size, 2 * half) and tokens.dtype == torch.int64 and at_start is True
-        assert torch.equal(tokens[:, :half], tokens[:, half:]) and (tokens[:, 0] == 0).all()
+        assert tokens.shape == targets.shape == (batch_size, 2 * half)
+        assert tokens.dtype == torch.int64 and at_start is True
+        assert torch.equal(tokens[:, :half], tokens[:, half:])
+        assert (tokens[:, 0] == 0).all()
         assert tokens[:, 1:half].min() >= 1 and tokens.max() <= n_symbols
         counts = targets != -100
         assert counts[:, half:-1].all() and counts.sum() == batch_size * (half - 1)
@@ -95,7 +114,109 @@ def test_duplicate_is_made_of_its_seed_alone():
     assert not torch.equal(a, b) and torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("length", [2, 7])
-def test_duplicate_needs_two_halves(length):
-    with pytest.raises(ValueError, match="even number"):
-        next(tasks.duplicate(length=length))
+# ---------------------------------------------------------------- all three
+
+
+TASKS = {
+    "recall": lambda **odd: tasks.recall(**dict(batch_size=2, segment_len=8) | odd),
+    "cups": lambda **odd: tasks.cups(**dict(batch_size=2, segment_len=8) | odd),
+    "duplicate": lambda **odd: tasks.duplicate(**dict(batch_size=2, length=8) | odd),
+}
+
+
+def digest(stream):
+    """A hash of the first five segments."""
+    parts = [part for batch in itertools.islice(stream, 5) for part in batch]
+    whole = b"".join(np.asarray(part, dtype=np.int64).tobytes() for part in parts)
+    return hashlib.sha256(whole).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "name, odd, expected",
+    [
+        ("recall", dict(), "5e0fd09d58c4713d"),
+        ("recall", dict(seed=7, batch_size=3), "d8b0acdd53e9e150"),
+        ("cups", dict(), "45779e6f11908d4a"),
+        ("cups", dict(n_cups=2, seed=2**64 - 1), "a7a8d03818194c57"),
+        ("cups", dict(n_cups=7, seed=3), "968b4cd057fb9bf1"),
+        ("duplicate", dict(), "04e33325599dd914"),
+        ("duplicate", dict(n_symbols=1, length=4, seed=5), "330dc420b5b7c944"),
+    ],
+)
+def test_a_seed_gives_the_stream_that_it_always_gave(name, odd, expected):
+    assert digest(TASKS[name](**odd)) == expected
+
+
+@pytest.mark.parametrize(
+    "name, odd, message",
+    [
+        ("cups", dict(n_cups=1), "n_cups=1 is not a whole number >= 2"),
+        ("cups", dict(n_cups=0), "n_cups=0"),
+        ("cups", dict(n_cups=-3), "n_cups=-3"),
+        ("cups", dict(n_cups=5.0), "n_cups=5.0"),
+        ("cups", dict(n_cups=True), "n_cups=True"),
+        ("cups", dict(segment_len=0), "segment_len=0 is not a whole number >= 1"),
+        ("recall", dict(segment_len=0), "segment_len=0 is not a whole number >= 1"),
+        ("recall", dict(segment_len="8"), "segment_len='8'"),
+        ("duplicate", dict(length=2), "length=2 is not a whole number >= 4"),
+        ("duplicate", dict(length=7), "length=7 is odd: use 6 or 8"),
+        ("duplicate", dict(length=8.0), "length=8.0"),
+        ("duplicate", dict(n_symbols=0), "n_symbols=0 is not a whole number >= 1"),
+        ("duplicate", dict(n_symbols=1.5), "n_symbols=1.5"),
+        *(
+            (name, dict(batch_size=B), f"batch_size={B} ")
+            for name in TASKS
+            for B in (0, -1, 2.0, None)
+        ),
+        *(
+            (name, dict(seed=seed), f"seed={seed} ")
+            for name in TASKS
+            for seed in (None, 1.5, True, -1)
+        ),
+    ],
+)
+def test_sizes_and_seeds_that_cannot_work_are_refused_at_the_call(name, odd, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TASKS[name](**odd)  # before anything is asked for
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_numpy_integers_are_whole_numbers(name):
+    length = "length" if name == "duplicate" else "segment_len"
+    small = dict(batch_size=np.uint8(2), seed=np.int64(3)) | {length: np.int32(8)}
+    if name == "duplicate":
+        small["n_symbols"] = np.uint8(255)  # one more would not fit
+    if name == "cups":
+        small["n_cups"] = np.int16(4)
+    plain = {size: int(value) for size, value in small.items()}
+    assert digest(TASKS[name](**small)) == digest(TASKS[name](**plain))
+
+
+def test_all_take_their_sizes_in_order():
+    assert digest(tasks.recall(2, 8, 3)) == digest(TASKS["recall"](seed=3))
+    assert digest(tasks.cups(2, 8, 4, 3)) == digest(TASKS["cups"](n_cups=4, seed=3))
+    assert digest(tasks.duplicate(2, 8, 9, 3)) == digest(
+        TASKS["duplicate"](n_symbols=9, seed=3)
+    )
+
+
+@pytest.mark.parametrize(
+    "tokens", [torch.tensor([0, 8, 40]), [0, 8, 40], np.array([0, 8, 40])]
+)
+def test_recall_text_reads_a_row(tokens):
+    assert tasks.recall_text(tokens) == ["-", "a=0", "a?"]
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), r"\(T,\), integers, a batch row by row"),
+        (torch.tensor(3), r"not torch.int64 of shape \(\)"),
+        (torch.zeros(3), r"not torch.float32 of shape \(3,\)"),
+        (torch.tensor([3, 44]), "token 44: recall has 0 ... 43"),
+        (torch.tensor([-100]), "token -100"),
+    ],
+)
+def test_recall_text_refuses_what_it_cannot_read(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.recall_text(tokens)
