@@ -51,6 +51,7 @@ import copy
 import math
 import re
 import time
+import warnings
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -58,7 +59,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memtx_minimal import corpora, figures, measure, tasks, training
+from memtx_minimal import corpora, figures, inputs, measure, tasks, training
 from memtx_minimal.transformer_xl import Layer, TransformerXL, attention_mask, distances, sinusoid
 
 started = time.perf_counter()
@@ -263,7 +264,7 @@ class MeanPooling(MaxPooling):
 
 # %% tags=["from-module"]
 class Convolution(nn.Module):
-    """A convolution with kernel and stride c: one matrix for c old states side by side."""
+    """A convolution with kernel and stride c: one matrix for c states side by side."""
 
     def __init__(self, d_model, rate):
         super().__init__()
@@ -284,7 +285,7 @@ class Convolution(nn.Module):
 
 # %% tags=["from-module"]
 class DilatedConvolution(Convolution):
-    """The same, after convolutions with dilations 1 and 2 let old states see neighbours."""
+    """The same, after convolutions with dilations 1 and 2 have mixed neighbours in."""
 
     def __init__(self, d_model, rate):
         super().__init__(d_model, rate)
@@ -313,6 +314,8 @@ class MostUsed(MaxPooling):
 
     def forward(self, old, used):
         n = old.size(1) // self.rate
+        if used is None or n * self.rate != old.size(1):
+            raise ValueError("most-used needs old states c by c, and how each was used")
         kept = used.topk(n, dim=1).indices.sort(dim=1).values  # (B, O / c)
         return old.take_along_dim(kept[:, :, None], dim=1)
 
@@ -355,27 +358,28 @@ print("most-used", MostUsed(2, rate=2)(old, used)[0].tolist())
 
 # %% tags=["from-module"]
 def by_content(layer, h, states):
-    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model), in a layer.
+    """Queries of h (B, T, d_model), keys and values of states (B, S, d_model).
 
-    Everything stands still but `states`: no gradient reaches h or the layer. Section 3.2.
+    Everything stands still but `states`: no gradient reaches h or the layer (3.2).
     """
     norm, attention = layer.norm_attention, layer.attention
     W_q, W_kv = attention.query.weight.detach(), attention.key_value.weight.detach()
     gain, bias = norm.weight.detach(), norm.bias.detach()
     h, states = (F.layer_norm(x, gain.shape, gain, bias) for x in (h.detach(), states))
     k, values = F.linear(states, W_kv).chunk(2, dim=-1)  # (B, S, d_model)
-    return [attention.heads(x) for x in (F.linear(h, W_q), k, values)]  # (B, H, ., d_head)
+    q = F.linear(h, W_q)  # (B, T, d_model)
+    return [attention.heads(x) for x in (q, k, values)]  # (B, H, ., d_head)
 
 # %% tags=["from-module"]
 def attention_reconstruction(layer, h, old, new):
     """How differently h reads old and new: softmax((h Q)(m K)^T)(m V), no positions."""
-    before = F.scaled_dot_product_attention(*by_content(layer, h, old))  # (B, H, T, d_head)
-    after = F.scaled_dot_product_attention(*by_content(layer, h, new))
+    read = F.scaled_dot_product_attention  # -> (B, H, T, d_head)
+    before, after = (read(*by_content(layer, h, states)) for states in (old, new))
     return (before - after).square().mean()
 
 # %% tags=["from-module"]
 def auto_encoding(decode, old, new):
-    """How far the old states are from what g, d_model -> c * d_model, makes of the new."""
+    """How far the old states are from what g, d_model -> c * d_model, makes of new."""
     return (decode(new).reshape(old.shape) - old).square().mean()
 
 # %% [markdown]
@@ -402,37 +406,15 @@ print(f"{'no change':18} reconstruction loss {attention_reconstruction(layer, h,
 # %% [markdown]
 # ### The pipeline
 #
-# All compressions by their names, and a check that refuses what cannot work. A memory that is a
-# multiple of `c` makes sure that whole groups leave it.
+# All compressions and losses by their names. (In the model's constructor, lines that begin with `inputs.`
+# refuse what cannot work and name what would, in the same words for all the models of the book.)
 
 # %%
 COMPRESSIONS = {
     "max": MaxPooling, "mean": MeanPooling, "conv": Convolution,
     "dilated": DilatedConvolution, "most-used": MostUsed,
 }  # fmt: skip
-
-# %% tags=["from-module"]
-def check(mem_len, compressed_len, rate, compression, loss):
-    """Refuse what cannot work, and say what would."""
-    losses = ("attention", "auto-encoding", "bptt", None)
-    if compression not in COMPRESSIONS:
-        names = ", ".join(map(repr, COMPRESSIONS))
-        raise ValueError(f"{compression=} is not one of {names}")
-    if loss not in losses:
-        raise ValueError(f"{loss=} is not one of {', '.join(map(repr, losses))}")
-    if not all(isinstance(n, int) for n in (mem_len, compressed_len, rate)):
-        sizes = f"{mem_len=}, {compressed_len=}, compression_rate={rate}"
-        raise ValueError(f"{sizes}: all three must be integers")
-    if rate < 1:
-        raise ValueError(f"compression_rate={rate} is not >= 1")
-    if compressed_len < 0:
-        raise ValueError(f"{compressed_len=} is not >= 0")
-    if mem_len < 1 or mem_len % rate:
-        nearest = sorted({max(1, mem_len // rate + n) * rate for n in (0, 1)})
-        raise ValueError(
-            f"{mem_len=} is not a positive multiple of compression_rate={rate}: "
-            f"use {' or '.join(map(str, nearest))}"
-        )
+LOSSES = "attention", "auto-encoding", "bptt", None
 
 # %% [markdown]
 # Now steps 2 to 4. Each layer has a `Memory` of its own, with its own $f_c$. Follow the lines:
@@ -444,19 +426,19 @@ def check(mem_len, compressed_len, rate, compression, loss):
 
 # %% tags=["from-module"]
 class Memory(nn.Module):
-    """Memory and compressed memory of one layer, and how one goes over into the other."""
+    """Memory and compressed memory of one layer, and how one becomes the other."""
 
-    def __init__(self, d_model, mem_len, compressed_len, rate, compression, loss):
+    def __init__(self, d_model, rate, compression, loss):
         super().__init__()
-        self.mem_len, self.compressed_len, self.rate = mem_len, compressed_len, rate
-        self.loss, self.compress = loss, COMPRESSIONS[compression](d_model, rate)
+        self.rate, self.loss = rate, loss
+        self.compress = COMPRESSIONS[compression](d_model, rate)
         if loss == "auto-encoding":
             self.decode = nn.Linear(d_model, rate * d_model)  # g
 
-    def forward(self, layer, h, compressed, recent):
-        """h (B, T, d_model) enters; compressed (B, C, d_model), recent (B, M, d_model), loss."""
+    def forward(self, layer, h, compressed, recent, mem_len, compressed_len):
+        """h (B, T, d_model) enters -> (B, C, d_model), (B, M, d_model), loss."""
         recent = torch.cat([recent, h.detach()], dim=1)  # (B, M + T, d_model)
-        excess = max(0, recent.size(1) - self.mem_len)
+        excess = max(0, recent.size(1) - mem_len)
         n_old = math.ceil(excess / self.rate) * self.rate  # whole groups leave
         if n_old == 0:
             return compressed, recent, h.new_zeros(())
@@ -471,7 +453,7 @@ class Memory(nn.Module):
         if self.loss != "bptt":
             new = new.detach()
         compressed = torch.cat([compressed, new], dim=1)  # (B, C + O / c, d_model)
-        first = max(0, compressed.size(1) - self.compressed_len)
+        first = max(0, compressed.size(1) - compressed_len)
         return compressed[:, first:], recent, loss
 
 # %% [markdown]
@@ -481,21 +463,22 @@ class Memory(nn.Module):
 
 # %% tags=["from-module"]
 def read_piece(model, tokens, memory):
-    """At most mem_len tokens -> states (B, T, d_model), memory, loss, with their graphs."""
-    if tokens.size(1) == 0:
-        raise ValueError("tokens of length 0: give at least one")
+    """At most mem_len tokens -> states (B, T, d_model), memory, loss, with graphs."""
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
-    memory = memory or [(x[:, :0], x[:, :0])] * len(model.layers)  # nothing yet
+    nothing_yet = [(x[:, :0], x[:, :0])] * len(model.layers)  # (B, 0, d_model) each
+    memory = inputs.checked_memory(memory, nothing_yet)
+    surplus = max(0, memory[0][0].size(1) - model.compressed_len)  # if it was lowered
+    memory = [(compressed[:, surplus:], recent) for compressed, recent in memory]
     n_remembered = sum(part.size(1) for part in memory[0])  # C + M
     mask = attention_mask(distances(x.size(1), n_remembered, x.device))  # (T, K)
     columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
     R = model.dropout(sinusoid(columns, x.size(-1)).to(x.dtype))  # (K + 1, d_model)
-    updated, losses = [], []
+    updated, losses, sizes = [], [], (model.mem_len, model.compressed_len)
     stack = zip(model.layers, model.memories, memory, strict=True)
     for layer, remember, (compressed, recent) in stack:
         context = torch.cat([compressed, recent, x], dim=1)  # (B, K, d_model)
-        *parts, loss = remember(layer, x, compressed, recent)
-        updated.append(parts), losses.append(loss)
+        *parts, loss = remember(layer, x, compressed, recent, *sizes)
+        updated.append(tuple(parts)), losses.append(loss)
         x = layer(context, R, mask)
     return x, updated, sum(losses)
 
@@ -509,10 +492,12 @@ class CompressiveTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss.
     Memory, for each layer: detached states (B, C, d_model), C <= compressed_len, and
-    (B, M, d_model), M <= mem_len. Longer texts are read in pieces of mem_len (set it here:
-    changed later, it moves the pieces, not the memory's size). The loss, a scalar, comes in
-    training mode, with loss="attention" and "auto-encoding"; "bptt" trains f_c by the
-    logits of later pieces, so pass two or more at once; None does not train it.
+    (B, M, d_model), M <= mem_len; both lengths may be changed at any time. Longer texts
+    are read in pieces of mem_len. The loss, a scalar, comes in training mode, with
+    loss="attention" and "auto-encoding" (where the compression has no parameters, it
+    measures and trains nothing); "bptt" trains f_c by the logits of later pieces, so
+    pass two or more at once; None does not train it. What fits in memory is not yet
+    compressed: then f_c has no gradient (DDP wants find_unused_parameters=True).
     """
 
     def __init__(
@@ -521,32 +506,44 @@ class CompressiveTransformer(nn.Module):
         loss="attention", dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        check(mem_len, compressed_len, compression_rate, compression, loss)
-        self.mem_len, self.loss = mem_len, loss
+        inputs.check_sizes(locals(), even=["d_model"])
+        inputs.check_one_of("compression", compression, COMPRESSIONS)
+        inputs.check_one_of("loss", loss, LOSSES)
+        inputs.check_multiple("mem_len", mem_len, "compression_rate", compression_rate)
+        self.mem_len, self.compressed_len = mem_len, compressed_len
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
         stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
         self.layers = nn.ModuleList(stack)
-        sizes = d_model, mem_len, compressed_len, compression_rate, compression, loss
+        sizes = d_model, compression_rate, compression, loss
         self.memories = nn.ModuleList(Memory(*sizes) for _ in range(n_layers))
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
+    @property
+    def loss(self):
+        """What trains the compression functions: chosen when they are built."""
+        return self.memories[0].loss
+
     def clip_groups(self):
-        """The parameters of the language model, and those that compress: clipped apart."""
+        """The parameters of the language model, and those that compress."""
         compression = list(self.memories.parameters())
         ids = {id(p) for p in compression}
         return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
-        B = len(tokens)
-        if memory and len(memory[0][0]) != B:
-            raise ValueError(f"memory of {len(memory[0][0])} streams, tokens of {B}")
+        rate = self.memories[0].rate
+        inputs.check_sizes({"compressed_len": self.compressed_len})
+        inputs.check_multiple("mem_len", self.mem_len, "compression_rate", rate)
+        inputs.check_tokens(tokens, self.embedding.num_embeddings)
         states, losses = [], []
         for piece in tokens.split(self.mem_len, dim=1):
             x, memory, loss = read_piece(self, piece, memory)
             states.append(x), losses.append(loss)
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
         memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
+        if self.training and self.loss == "bptt" and len(states) == 1:
+            more = f"pass over {self.mem_len} tokens"
+            warnings.warn(f"bptt trains f_c across pieces: {more}", stacklevel=2)
         own = self.training and self.loss in ("attention", "auto-encoding")
         return (logits, memory, sum(losses)) if own else (logits, memory)
 
@@ -915,8 +912,8 @@ def reconstruction_error(model, n_segments=20):
     """Relative error of what attention reads after compression, for each layer, (L,)."""
     errors = [[] for _ in model.layers]
 
-    def compare(n, remember, inputs, outputs):
-        layer, h, _, recent = inputs
+    def compare(n, remember, handed, outputs):
+        layer, h, _, recent, *_ = handed
         n_old = recent.size(1) + h.size(1) - outputs[1].size(1)
         if n_old:
             old, new = recent[:, :n_old], outputs[0][:, -n_old // remember.rate :]
@@ -1168,7 +1165,7 @@ def cost(model, n_slots):
         model(tokens, memory)
     scores = sum(w.numel() for w in weights)
     seconds = measure.seconds(lambda: model(tokens, memory), device=device)
-    return measure.nbytes(memory), scores, seconds
+    return measure.kept_alive(memory), scores, seconds
 
 
 def slots_of(memory):

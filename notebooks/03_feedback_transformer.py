@@ -62,7 +62,7 @@ from torch import nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
 
-from memtx_minimal import corpora, figures, measure, tasks, training
+from memtx_minimal import corpora, figures, inputs, measure, tasks, training
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
@@ -418,17 +418,16 @@ assert second.kv.data_ptr() == first.kv.data_ptr() != other.kv.data_ptr()
 def recall(model, memory, x):
     """The caller's memory, checked -> vectors with gradients, a Cache without."""
     ages, trains = len(model.memory.positions), torch.is_grad_enabled()
-    if not 1 <= model.mem_len <= ages:
-        raise ValueError(f"mem_len={model.mem_len}: this model knows the ages 1 to {ages}")
+    inputs.check_number("mem_len", model.mem_len, 1, ages)
     if trains and isinstance(memory, Cache):
         raise ValueError("a memory made under no_grad does not train: start with None")
-    memory = x[:, :0].detach() if memory is None else memory  # nothing yet: (B, 0, d_model)
-    streams = memory.kv.size(2) if isinstance(memory, Cache) else len(memory)
-    if streams != len(x):
-        raise ValueError(f"memory of {streams} streams, tokens of {len(x)}")
-    if trains or isinstance(memory, Cache):
+    if isinstance(memory, Cache):
+        by_stream = (2, 4), (0, 1)  # (B, slots, n_kv, 2, H, d_head)
+        like = model.memory.keys_values(x[:, :0]).type_as(x).movedim(*by_stream)
+        inputs.checked_memory(memory.kv.movedim(*by_stream), like)
         return memory
-    return Cache.of(model.memory.keys_values(memory).type_as(x))
+    memory = inputs.checked_memory(memory, x[:, :0].detach())  # nothing yet: (B, 0, d_model)
+    return memory if trains else Cache.of(model.memory.keys_values(memory).type_as(x))
 
 # %% tags=["from-module"]
 def from_vectors(model, x, vectors, by_hand):
@@ -472,8 +471,8 @@ class FeedbackTransformer(nn.Module):
         mem_len=64, shared_kv=True, by_hand=True, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        if d_model % n_heads or mem_len < 1:
-            raise ValueError(f"{d_model=} must be a multiple of {n_heads=}, {mem_len=} >= 1")
+        inputs.check_sizes(locals())
+        inputs.check_number("mem_len", mem_len, 1)
         self.mem_len, self.shared_kv, self.by_hand = mem_len, shared_kv, by_hand
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -483,8 +482,7 @@ class FeedbackTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        if tokens.dim() != 2 or tokens.size(1) < 1:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: pass (B, T), T >= 1")
+        inputs.check_tokens(tokens, self.embedding.num_embeddings)
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
         memory = recall(self, memory, x)
         dropout = self.training and self.dropout.p > 0
@@ -665,7 +663,7 @@ def outside_autocast(work):
     """Without autocast, so that the loops compute with the numbers that they are given."""
 
     def work_outside(first, tensor, *rest):
-        with torch.autocast(tensor.device.type, enabled=False):
+        with inputs.autocast(tensor.device.type, enabled=False):
             return work(first, tensor, *rest)
 
     return work_outside
@@ -1520,13 +1518,13 @@ def cache_bytes(model, n=32):
     """Bytes of keys and values that a model holds for each of n tokens."""
     text, caught = corpus.valid[None, :n].to(device), []
     if isinstance(model, FeedbackTransformer):
-        return measure.nbytes(model(text)[1]) / n  # a first text gets no room yet
+        return measure.kept_alive(model(text)[1]) / n  # a first text gets no room yet
     projections = [layer.attention.query_key_value for layer in model.layers]
     hooks = [p.register_forward_hook(lambda module, args, out: caught.append(out)) for p in projections]
     model(text)
     for hook in hooks:
         hook.remove()
-    return sum(measure.nbytes(qkv) * 2 / 3 for qkv in caught) / n  # two of query, key and value
+    return sum(measure.kept_alive(qkv) * 2 / 3 for qkv in caught) / n  # two of query, key and value
 
 
 d_model, layer_counts = SIZES["d_model"], [1, 2, 4, 8]
@@ -1545,7 +1543,7 @@ for name, make, per_token in [
 # %%
 def backward_bytes(model, length):
     tokens = corpus.valid[: 16 * length].view(16, length).clone().to(device)  # not all of the text's bytes
-    return measure.bytes_for_backward(model, lambda: model(tokens)[0])
+    return measure.bytes_for_backward(model, lambda: model(tokens)[0], count=measure.kept_alive)
 
 
 kept = {
