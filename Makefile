@@ -28,6 +28,9 @@ sync: $(READY)  ## authors: refresh mirrored cells, notebook pairs and everythin
 refresh: $(READY)  ## authors: run the notebooks and keep their outputs in place
 	$(BIN)/python book/execute.py
 
+record: $(READY)  ## authors: record five seeds of what a notebook claims, such as NAME=01_ablation; without NAME, all that no longer fit the code
+	$(BIN)/python book/record.py $(NAME) $(SEEDS:%=--seeds %)
+
 bench: $(READY)  ## authors: measure the figures of tests/benchmarks, side by side with public packages
 	$(BIN)/python tests/benchmarks/run.py
 
@@ -48,5 +51,5 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.PHONY: help book test lab site sync refresh bench lock clean
+.PHONY: help book test lab site sync refresh record bench lock clean
 .DELETE_ON_ERROR:

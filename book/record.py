@@ -30,6 +30,7 @@ import types
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from multiprocessing import get_context
 
 import jupytext
@@ -42,15 +43,6 @@ ROOT = sync.ROOT
 PACKAGE = "memtx_minimal"
 TAGS = {"setup", "from-module", "band"}
 N_SEEDS, N_PROCESSES = 5, 2
-
-# {file and name: what it uses that never made a value}. What stands in for the
-# published text made none: recording refuses it.
-NEVER_RUN = {
-    ("corpora", "tiny_shakespeare"): {
-        ("corpora", "_download"),
-        ("corpora", "synthetic_play"),
-    },
-}
 
 
 # ---------------------------------------------------------------- the code of a band
@@ -130,6 +122,7 @@ def plain(node):
     if isinstance(node, ast.Raise):
         return "raise"
     fields = {k: v for k, v in ast.iter_fields(node) if v is not None and v != []}
+    fields.pop("kind", None)  # whether a text is written u"..."
     if isinstance(fields.get("body"), list):
         fields["body"] = [s for s in node.body if not is_docstring(s)]
     if isinstance(node, ast.JoinedStr):  # Python 3.12 puts empty texts into some
@@ -140,15 +133,23 @@ def plain(node):
 
 def is_docstring(statement):
     """Whether a statement is nothing but a text."""
-    text = getattr(statement, "value", None)
-    return isinstance(statement, ast.Expr) and isinstance(
-        getattr(text, "value", None), str
-    )
+    if not isinstance(statement, ast.Expr):
+        return False
+    return isinstance(getattr(statement.value, "value", None), str)
+
+
+def matters(file, name, used_by):
+    """Whether a definition may have made a value of another that uses it: no check did,
+    as it returns nothing; nor did what stands in for the published text, which a
+    recording insists on."""
+    if used_by == ("corpora", "tiny_shakespeare"):
+        return name not in ("_download", "synthetic_play")
+    return file != "inputs" or not name.startswith("check_")
 
 
 def notebook(name, root=ROOT):
     """The notebook of a band: 01_ablation -> 01_transformer_xl."""
-    number, _ = sync.split_name(name)
+    number, _, _ = name.partition("_")
     for found in sync.notebooks(root):
         if sync.split_name(found)[0] == number:
             return found
@@ -166,7 +167,7 @@ def cells(name, root=ROOT):
 def code(name, root=ROOT):
     """The code of a band, {"file.name": hash}: its function, and each definition that
     the function reaches."""
-    file, function = notebook(name, root), sync.split_name(name)[1]
+    file, function = notebook(name, root), name.partition("_")[2]
     sources = {file: Source(file, cells(name, root))}
     if function not in sources[file].definitions:
         raise ValueError(f"{name}: no cell of {file} tagged `band` defines {function}")
@@ -177,13 +178,16 @@ def code(name, root=ROOT):
         path = root / PACKAGE / f"{file}.py"
         if file not in sources:
             sources[file] = Source(file, sync.read(path) if path.exists() else "")
-        statements = sources[file].definitions.get(name, [])
-        if statements:
-            text = "\n".join(map(plain, statements)).encode("utf-8")
-            hashes[f"{file}.{name}"] = hashlib.sha256(text).hexdigest()[:16]
+        source = sources[file]
+        statements = source.definitions.get(name, [])
         used = {name, *(dotted(node) for s in statements for node in nodes(s))}
-        reached = {found for name in used for found in sources[file].find(name)}
-        todo |= reached - seen - NEVER_RUN.get((file, name), set())
+        if statements:
+            imported = {source.imports.get(u.partition(".")[0], "") for u in used}
+            text = "\n".join([*map(plain, statements), *sorted(imported)])
+            digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+            hashes[f"{file}.{name}"] = digest[:16]
+        reached = {found for u in used for found in source.find(u)}
+        todo |= {found for found in reached - seen if matters(*found, (file, name))}
     return hashes
 
 
@@ -218,7 +222,7 @@ def prepare():
 
 
 def run(source, function, seed):
-    """The values of one seed, and the name of the text; what the cells print is dropped."""
+    """The values of one seed, and the name of the text. What is printed is dropped."""
     import torch
 
     from memtx_minimal import corpora, training
@@ -247,9 +251,9 @@ def numbers(values):
 
 
 def record(name, n_seeds=N_SEEDS, root=ROOT):
-    """Run a band's function for the seeds 0 ... n_seeds - 1, and write what they gave."""
+    """Run a band's function for the seeds 0 ... n_seeds - 1 and write what they gave."""
     made_by, source = code(name, root), cells(name, root)
-    function, results, start = sync.split_name(name)[1], {}, time.monotonic()
+    function, results, start = name.partition("_")[2], {}, time.monotonic()
     spawn = get_context("spawn")
     with ProcessPoolExecutor(N_PROCESSES, spawn, initializer=prepare) as pool:
         jobs = {pool.submit(run, source, function, s): s for s in range(n_seeds)}
@@ -266,16 +270,14 @@ def record(name, n_seeds=N_SEEDS, root=ROOT):
     shapes = [{label: np.shape(value) for label, value in v.items()} for v in values]
     if shapes != shapes[:1] * n_seeds:
         raise ValueError(f"{name}: the seeds differ in labels or shapes: {shapes}")
-    import torch
-
-    corpus_counts = f"{notebook(name, root)}.corpus" in made_by
+    reads_text = f"{notebook(name, root)}.corpus" in made_by
     content = {
         "code": made_by,
         "command": f"make record NAME={name} SEEDS={n_seeds}",
         "seeds": list(range(n_seeds)),
-        "text": texts[0] if corpus_counts else None,
+        "text": texts[0] if reads_text else None,
         "values": {label: [v[label] for v in values] for label in values[0]},
-        "versions": {"memtx-minimal": __version__, "torch": torch.__version__},
+        "versions": {"memtx-minimal": __version__, "torch": version("torch")},
     }
     path = root / PACKAGE / "recorded" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
@@ -287,8 +289,11 @@ def as_json(value, indent="\n"):
     if not isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     deeper = indent + "  "
-    entries = [f"{json.dumps(k)}: {as_json(v, deeper)}" for k, v in sorted(value.items())]
-    return f"{{{deeper}{f','.join(f'{deeper}{e}' for e in entries)[len(deeper):]}{indent}}}"
+    entries = [
+        f"{deeper}{json.dumps(key, ensure_ascii=False)}: {as_json(value[key], deeper)}"
+        for key in sorted(value)
+    ]
+    return f"{{{','.join(entries)}{indent}}}"
 
 
 def main():

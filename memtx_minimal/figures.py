@@ -14,6 +14,7 @@ from PIL import Image as Picture
 
 STYLE = Path(__file__).with_name("memtx.mplstyle")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#d0d0d0"
+DARK_GREY = "#8a8a8a"
 
 
 def use_style():
@@ -54,8 +55,61 @@ def curves(axes, x, ys, *, xlabel, ylabel, marker=None):
     for label, y in ys.items():
         axes.plot(x, list(y), marker=marker, label=label)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    if len(ys) > 1:
+    _legend(axes)
+
+
+def _legend(axes):
+    """Name what is drawn, if it is more than one thing."""
+    if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend()
+
+
+def band(axes, x, values, label="{} recorded seeds"):
+    """A curve of several seeds in grey: values (S, len(x)), and what they span.
+
+    Draw the live run's curve over it. If there are no seeds, nothing is drawn."""
+    values = np.asarray(values)
+    if not len(values):
+        return
+    axes.plot(x, values.T, color=DARK_GREY, linewidth=0.6, zorder=1.2)
+    axes.fill_between(
+        x, values.min(axis=0), values.max(axis=0),
+        color=GREY, linewidth=0, zorder=1.1, label=label.format(len(values)),
+    )  # fmt: skip
+    _legend(axes)
+
+
+def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
+    """One value a label, on a line of its own, with its number: values is {label:
+    value}.
+
+    seeds is {label: (S,)}, the values of recorded seeds: grey strokes, and what they
+    span. The axis need not begin at zero."""
+    for row, (label, value) in enumerate(values.items()):
+        some = np.asarray((seeds or {}).get(label, ()))
+        if len(some):
+            name = f"{len(some)} recorded seeds" if not row else None
+            span = [some.min(), some.max()]
+            axes.plot(
+                span, [row, row], color=GREY, linewidth=9, zorder=1.1,
+                solid_capstyle="butt",
+            )  # fmt: skip
+            axes.plot(
+                some, [row] * len(some), "|", color=DARK_GREY,
+                markersize=16, zorder=1.2, label=name,
+            )  # fmt: skip
+        name = "this run" if not row else None
+        axes.plot(value, row, "o", color=BLUE, markersize=7, label=name)
+        axes.annotate(
+            number.format(value), (value, row), xytext=(0, 11),
+            textcoords="offset points", ha="center",
+        )  # fmt: skip
+    axes.set_yticks(range(len(values)), labels=list(values))
+    axes.set_ylim(len(values) - 0.5, -0.7)  # the first label on top
+    axes.margins(x=0.1)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel=xlabel)
+    _legend(axes)
 
 
 def smooth(values, width):

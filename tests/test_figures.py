@@ -3,6 +3,7 @@
 import io
 
 import matplotlib
+import numpy as np
 import pytest
 from PIL import Image as Picture
 
@@ -33,6 +34,46 @@ def test_curves_hold_their_values_and_names(axes):
     assert [line.get_ydata().tolist() for line in axes.lines] == [[4, 5, 6], [7, 8, 9]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("x (s)", "y (m)")
+
+
+def labels(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_a_band_spans_its_seeds_beneath_the_live_curve(axes):
+    seeds = [[1, 5, 2], [3, 4, 2]]
+    figures.band(axes, [1, 2, 3], seeds)
+    assert axes.get_legend() is None  # one thing needs no name
+    figures.curves(axes, [1, 2, 3], {"live": [2, 4, 2]}, xlabel="x", ylabel="y")
+    *grey, live = axes.lines
+    assert [line.get_ydata().tolist() for line in grey] == seeds
+    (span,) = axes.collections
+    corners = {tuple(corner) for corner in span.get_paths()[0].vertices}
+    assert {(1, 1), (1, 3), (2, 4), (2, 5), (3, 2)} == corners
+    assert all(line.get_zorder() < live.get_zorder() for line in grey)
+    assert span.get_zorder() < min(line.get_zorder() for line in grey)
+    assert labels(axes) == ["2 recorded seeds", "live"]
+
+
+def test_points_lie_upon_their_seeds(axes):
+    seeds = {"a": [1.0, 1.5, 1.25], "b": [2, 3, 2]}
+    figures.points(axes, {"a": 1.2, "b": 2.5}, seeds, xlabel="loss", number="{:.1f}")
+    drawn = [[list(axis) for axis in line.get_data()] for line in axes.lines]
+    assert drawn == [
+        [[1.0, 1.5], [0, 0]], [[1.0, 1.5, 1.25], [0, 0, 0]], [[1.2], [0]],
+        [[2, 3], [1, 1]], [[2, 3, 2], [1, 1, 1]], [[2.5], [1]],
+    ]  # fmt: skip
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.texts] == ["1.2", "2.5"]
+    assert labels(axes) == ["3 recorded seeds", "this run"]
+    assert axes.yaxis_inverted() and axes.get_xlabel() == "loss"
+
+
+def test_no_seeds_draw_nothing(axes):
+    figures.band(axes, [1, 2], np.empty((0, 2)))
+    assert not axes.lines and not axes.collections
+    figures.points(axes, {"a": 1.2}, {"a": np.empty(0)}, xlabel="loss")
+    assert len(axes.lines) == 1 and axes.get_legend() is None
 
 
 def test_smooth_is_a_running_mean():
