@@ -62,7 +62,7 @@ class Alone:
         """Until all processes have come here."""
 
 
-class Together:
+class Together(Alone):
     """One of several processes, which average their gradients. By Hugging Face
     Accelerate."""
 
@@ -73,15 +73,20 @@ class Together:
             hint = 'several processes need: pip install "memtx-minimal[scale]"'
             raise ValueError(hint) from error
         accelerator = Accelerator(
-            mixed_precision={None: None, True: "bf16", False: "no"}[bf16],
-            cpu=device == "cpu",
+            mixed_precision="no",  # autocast is Alone's: no scaled float16 from outside
+            cpu=device == "cpu" or not torch.cuda.is_available(),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=unused)
             ],
         )
+        if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ:
+            raise ValueError(
+                "accelerate launch --cpu starts one process, whatever --num_processes "
+                "says: pass --multi_gpu in its place, which needs no GPU"
+            )
+        super().__init__(bf16, accelerator.device)
         self.rank, self.n_ranks = accelerator.process_index, accelerator.num_processes
-        self.device, self.prepare = accelerator.device, accelerator.prepare
-        self.autocast, self.unsynchronised = accelerator.autocast, accelerator.no_sync
+        self.prepare, self.unsynchronised = accelerator.prepare, accelerator.no_sync
         self.gather, self.wait = accelerator.gather, accelerator.wait_for_everyone
         self.mean = lambda values: accelerator.reduce(values, "mean")
 
@@ -188,10 +193,9 @@ class Run:
             self.memory = training.by_tensor(own, like)
         for name, states in part(tensors, "random.").items():
             numbers = self.random_numbers().get(name)
-            if numbers and self.team.rank < len(
-                states
-            ):  # else: another device, a new rank
-                numbers.set_rng_state(states[self.team.rank])
+            if numbers and self.team.rank < len(states):
+                state = states[self.team.rank].clone()  # a view is read from row 0 on
+                numbers.set_rng_state(state)  # else: another device, a new rank
 
     def save(self, path, weights_alone=False):
         """Write a checkpoint: all that is needed to go on, or the weights."""
@@ -199,6 +203,7 @@ class Run:
         if self.team.rank == 0:
             holds = "weights" if weights_alone else "training"
             self.info |= checkpoints.write(path, self.info, tensors, holds)
+        self.team.wait()  # until it is there for all
 
 
 def validate(run, corpus):
@@ -274,9 +279,8 @@ def pretrain(
         "valid_every": valid_every, "bf16": bf16,
     }  # fmt: skip
     info = describe(name, corpus, sizes or {}, settings, seed, command)
-    several = (
-        "ACCELERATE_MIXED_PRECISION" in os.environ
-    )  # started by `accelerate launch`
+    several = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
+    several |= int(os.environ.get("WORLD_SIZE", 1)) > 1  # or by `torchrun`
     unused = name == "compressive_transformer"  # whose first segments compress nothing
     team = (Together if several else Alone)(bf16=bf16, device=device, unused=unused)
     tensors = None
