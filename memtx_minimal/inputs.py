@@ -116,6 +116,48 @@ def check_tokens(tokens, vocab_size, max_len=None):
         raise ValueError(f"token {worst}: this vocabulary has 0 ... {vocab_size - 1}")
 
 
+def check_vectors(**vectors):
+    """Refuse all but floating-point vectors (B, H, T, d), B, H, T the same in all."""
+    first, name = next(iter(vectors.values())), next(iter(vectors))
+    for other, x in vectors.items():
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(f"{other}: {kind}; pass a tensor of floating point")
+        if x.dim() != 4 or 0 in x.shape:
+            shape = tuple(x.shape)
+            raise ValueError(f"{other} of shape {shape}; pass (B, H, T, d), none 0")
+        if x.shape[:3] != first.shape[:3]:
+            shapes = f"{other} {tuple(x.shape[:3])}, {name} {tuple(first.shape[:3])}"
+            raise ValueError(f"(B, H, T) differ: {shapes}")
+
+
+def check_hash(x, n_buckets, n_rounds):
+    """Refuse what cannot be hashed, and buckets that are not pairs of opposites."""
+    check_vectors(x=x)
+    whole = isinstance(n_buckets, Integral) and not isinstance(n_buckets, bool)
+    if not whole or n_buckets < 2 or n_buckets % 2:
+        why = "each direction has an opposite"
+        raise ValueError(f"n_buckets={n_buckets!r} is not even and >= 2: {why}")
+    check_sizes({"n_rounds": n_rounds})
+    if n_rounds == 0:
+        raise ValueError("n_rounds=0: without a round there is nothing to hash")
+    if not x.is_meta and not torch.compiler.is_compiling() and not x.isfinite().all():
+        raise ValueError("x has numbers that are nan or inf: they fall in no bucket")
+
+
+def check_attention(q, k, v, buckets):
+    """Refuse q, k, v (B, H, T, d) and buckets (R, B, H, T) that do not fit together."""
+    check_vectors(q=q, k=k, v=v)
+    if q.size(3) != k.size(3):
+        raise ValueError(f"q has {q.size(3)} dimensions, k {k.size(3)}: use one number")
+    whole = isinstance(buckets, torch.Tensor) and not buckets.is_floating_point()
+    if not whole or buckets.dim() != 4 or buckets.shape[1:] != q.shape[:3]:
+        given = tuple(getattr(buckets, "shape", ())), getattr(buckets, "dtype", buckets)
+        raise ValueError(f"buckets {given}; pass integers (R, *{tuple(q.shape[:3])})")
+    if len(buckets) == 0:
+        raise ValueError("buckets of no round; pass (R, B, H, T), R >= 1")
+
+
 def checked_memory(memory, empty):
     """The memory that a model was handed; where it is None, `empty`.
 

@@ -138,6 +138,7 @@ class AxialPositions(nn.Module):
 
     def forward(self, T):
         """The first T positions, (T, d_model)."""
+        inputs.check_number("T", T, 1, self.rows.size(0) * self.columns.size(1))
         shape = self.rows.size(0), self.columns.size(1), -1
         both = torch.cat([self.rows.expand(shape), self.columns.expand(shape)], dim=-1)
         return both.flatten(0, 1)[:T]

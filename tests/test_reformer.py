@@ -112,8 +112,8 @@ def test_slabs_change_nothing(monkeypatch, duplicates):
 def test_one_bucket_is_exact_attention():
     q, v = vectors(12)
     exact = (q @ F.normalize(q, dim=-1).mT + exact_mask(q)).softmax(-1) @ v
-    torch.testing.assert_close(attend(q, v, torch.zeros(1, 2, 2, 12), 6), exact)
-    torch.testing.assert_close(attend(q, v, torch.zeros(3, 2, 2, 12), 12), exact)
+    torch.testing.assert_close(attend(q, v, torch.zeros(1, 2, 2, 12).int(), 6), exact)
+    torch.testing.assert_close(attend(q, v, torch.zeros(3, 2, 2, 12).int(), 12), exact)
 
 
 def test_equal_rounds_count_as_one():
@@ -125,7 +125,7 @@ def test_equal_rounds_count_as_one():
 def test_first_chunk_does_not_look_back_to_the_last():
     """One bucket, three chunks: the wrap would show the end of the text to its beginning."""
     q, v = vectors(12)
-    buckets = torch.zeros(2, 2, 2, 12)
+    buckets = torch.zeros(2, 2, 2, 12, dtype=torch.int64)
     before = attend(q, v, buckets, 4)[:, :, :4]
     torch.testing.assert_close(before, attend(q[:, :, :4], v[:, :, :4], buckets[..., :4], 4))
 
@@ -178,8 +178,8 @@ def test_long_texts_need_more_bits():
 @pytest.mark.parametrize("T", [2**15 - 8, 2**15, 2**15 + 8])
 def test_first_chunk_does_not_look_back_where_int16_ends(T):
     q, v = vectors(T, B=1, H=1, dtype=torch.float32)
-    out = attend(q, v, torch.zeros(1, 1, 1, T), 8)[:, :, :8]
-    torch.testing.assert_close(out, attend(q[:, :, :8], v[:, :, :8], torch.zeros(1, 1, 1, 8), 8))
+    out = attend(q, v, torch.zeros(1, 1, 1, T).int(), 8)[:, :, :8]
+    torch.testing.assert_close(out, attend(q[:, :, :8], v[:, :, :8], torch.zeros(1, 1, 1, 8).int(), 8))
 
 
 # ------------------------------------------------------------------ hashing and sorting
@@ -608,3 +608,32 @@ def test_reversible_gradients_on_cuda():
     for work in (once, several):
         make_on = lambda r: make(dropout=0.4, reversible=r).cuda()
         torch.testing.assert_close(gradients(make_on(True), work), gradients(make_on(False), work))
+
+
+def test_odd_vectors_and_buckets_are_refused():
+    q = torch.randn(2, 2, 8, 4)
+    buckets = buckets_of(1, 8, 4)
+    for x, words in [
+        (q.long(), "x: torch.int64; pass a tensor of floating point"),
+        (q.tolist(), "x: list; pass a tensor of floating point"),
+        (q[0], "pass .B, H, T, d., none 0"),
+        (q * float("nan"), "x has numbers that are nan or inf"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            hash_vectors(x, 4, 1, seed=0)
+    for n_rounds, words in [(0, "without a round"), (2.5, "n_rounds=2.5 is not a whole number")]:
+        with pytest.raises(ValueError, match=words):
+            hash_vectors(q, 4, n_rounds, seed=0)
+    for handed, words in [
+        ((q, q[:, :, 1:], q, buckets, 2), "differ"),
+        ((q, q[..., 1:], q, buckets, 2), "use one number"),
+        ((q, q, q, buckets[..., 1:], 2), "pass integers"),
+        ((q, q, q, buckets.float(), 2), "pass integers"),
+        ((q, q, q, buckets, 0), "chunk_len=0 is not a whole number >= 1"),
+        ((q, q, q, buckets, 2.5), "chunk_len=2.5 is not"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            lsh_attention(*handed)
+    assert lsh_attention(*(x.half() for x in (q, q, q)), buckets, 2).dtype == torch.float16
+    with pytest.raises(ValueError, match="T=41 is not a number in 1 ... 40"):
+        make().positions(41)
