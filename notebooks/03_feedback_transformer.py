@@ -1008,8 +1008,8 @@ generator = torch.Generator().manual_seed(SEED)
 shapes = [(1, 3, 4), (2, 1, 2, 2, 2), (2,), (3, 2)]  # x, keys and values, alpha, positions
 shapes += [(4,), (4,), (8, 4)]  # gain, shift, W_kv
 shapes += [(4,), (4,), (4, 4), (4, 4), (4,), (4,), (5, 4), (5,), (4, 5), (4,)]  # one layer
-inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-assert torch.autograd.gradcheck(lambda *inputs: Segment.apply(*inputs)[0], inputs)
+leaves = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+assert torch.autograd.gradcheck(lambda *given: Segment.apply(*given)[0], leaves)
 print("gradcheck: right")
 
 # %% [markdown]

@@ -213,8 +213,7 @@ def hash_vectors(x, n_buckets, n_rounds, seed):
     (B, H, T, d_head) -> (R, B, H, T). Above 32 buckets a hash is made of two smaller ones,
     h1 + h2 * b1, both even: n_buckets is then met as nearly as that allows.
     """
-    if n_buckets < 2 or n_buckets % 2:
-        raise ValueError(f"{n_buckets=} is not even and >= 2: each direction has an opposite")
+    inputs.check_hash(x, n_buckets, n_rounds)
     b1 = n_buckets if n_buckets <= 32 else 2 ** (n_buckets.bit_length() // 2)
     generator = torch.Generator().manual_seed(seed)
     buckets, step = 0, 1
@@ -625,6 +624,8 @@ def lsh_attention(q, k, v, buckets, c, bucket_mask=True, duplicates=True):
     Any T: the end is padded to whole chunks, in a bucket that comes last. bucket_mask=False
     and duplicates=False leave out what later code leaves out of eq. 16.
     """
+    inputs.check_sizes({"chunk_len": c})
+    inputs.check_attention(q, k, v, buckets)
     T, pad = q.size(2), -q.size(2) % c
     buckets = F.pad(buckets.int(), (0, pad), value=int(buckets.max()) + 1)
     order, code = sort_buckets(buckets, c, bucket_mask)
@@ -634,7 +635,7 @@ def lsh_attention(q, k, v, buckets, c, bucket_mask=True, duplicates=True):
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = [F.pad(x.to(wide), (0, 0, 0, pad)).flatten(0, 2) for x in (q, k, v)]  # (N, d_head)
     out = HashedAttention.apply(*rows, order, labels, c, T + pad, duplicates)
-    return out.view(*v.shape[:2], T + pad, -1)[:, :, :T]
+    return out.view(*v.shape[:2], T + pad, -1)[:, :, :T].to(v.dtype)
 
 # %% [markdown]
 # Check the fast way against the slow one, values and gradients, at a length that does not divide
@@ -948,6 +949,7 @@ class AxialPositions(nn.Module):
 
     def forward(self, T):
         """The first T positions, (T, d_model)."""
+        inputs.check_number("T", T, 1, self.rows.size(0) * self.columns.size(1))
         shape = self.rows.size(0), self.columns.size(1), -1
         both = torch.cat([self.rows.expand(shape), self.columns.expand(shape)], dim=-1)
         return both.flatten(0, 1)[:T]
