@@ -160,7 +160,7 @@ class Cached(nn.Module):
 def start_from_parallel(model, vanilla):
     """Copy the weights of a trained VanillaTransformer of the same sizes into model.
 
-    In vanilla, a layer's keys and values are projected from its own norm's output; here,
+    In vanilla, a layer's keys and values are projected from its own norm's output; here
     from that of the memory's norm, which is new. So the old norm's gain is multiplied
     into the projection; its shift is lost, for want of a bias. Where the layers share
     one projection, it is the mean of theirs. Positions and layer weights have no
