@@ -134,28 +134,6 @@ class FeedbackTransformer(nn.Module):
         return self.head(self.norm(outputs)), memory.clone()
 
 
-class Cached(nn.Module):
-    """A FeedbackTransformer for generation: its memory is keys and values, made once.
-
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: one tensor
-    (B, M, n_kv, 2, H, d_head). Pass None at the start of a stream. Several texts may go
-    on from one memory, since nothing is written in place. There are no gradients.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    @torch.no_grad()
-    def forward(self, tokens, memory=None):
-        model = self.model
-        x = embed(model, tokens)  # (B, T, d_model)
-        nothing_yet = model.memory.keys_values(x[:, :0])
-        kv = inputs.checked_memory(memory, nothing_yet)[:, -model.mem_len :]
-        outputs, _, kv = model.loop(x, kv)
-        return model.head(model.norm(outputs)), kv
-
-
 @torch.no_grad()
 def start_from_parallel(model, vanilla):
     """Copy the weights of a trained VanillaTransformer of the same sizes into model.
@@ -189,3 +167,25 @@ def start_from_parallel(model, vanilla):
     model.memory.norm.reset_parameters()
     weight = model.memory.key_value.weight
     weight.copy_(W_kv.mean(dim=0) if model.shared_kv else W_kv.flatten(0, 1))
+
+
+class Cached(nn.Module):
+    """A FeedbackTransformer for generation: its memory is keys and values, made once.
+
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: one tensor
+    (B, M, n_kv, 2, H, d_head). Pass None at the start of a stream. Several texts may go
+    on from one memory, since nothing is written in place. There are no gradients.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, tokens, memory=None):
+        model = self.model
+        x = embed(model, tokens)  # (B, T, d_model)
+        nothing_yet = model.memory.keys_values(x[:, :0])
+        kv = inputs.checked_memory(memory, nothing_yet)[:, -model.mem_len :]
+        outputs, _, kv = model.loop(x, kv)
+        return model.head(model.norm(outputs)), kv

@@ -91,3 +91,41 @@ def duplicate(*, batch_size=32, length=64, n_symbols=63, seed=0):
         targets = torch.full_like(tokens, -100)
         targets[:, half:-1] = tokens[:, half + 1 :]
         yield tokens, targets, True
+
+
+PLACES, COLOURS, LETTERS = 5, 2, 8
+CARD_VOCAB = PLACES * COLOURS * LETTERS + 10 + COLOURS  # 92 tokens: entries, swaps, colours
+
+
+def card(batch_size, n_events, seed=0):
+    """Cups with a card: where the ball is must be worked out, what lies there looked up.
+
+    A game begins with a card of PLACES * COLOURS entries in random order, one token each:
+    "at this place, this colour has this letter". Then n_events follow, half of them swaps
+    of two cups, as in `cups`, half of them colours. The target of a swap is the place of
+    the ball, LETTERS + 0 ... 4; that of a colour is the letter that the card gives for it
+    at the place where the ball is, 0 ... 7. Entries have no target. Each segment is a game
+    of its own. Yields (tokens, targets, at_start), T = 10 + n_events.
+    """
+    pairs = torch.combinations(torch.arange(PLACES))
+    dice, n = torch.Generator().manual_seed(seed), PLACES * COLOURS
+    while True:
+        letters = torch.randint(LETTERS, (batch_size, n), generator=dice)
+        order = torch.rand(batch_size, n, generator=dice).argsort(dim=1)
+        entries = (torch.arange(n) * LETTERS + letters).gather(1, order)
+        swap, colour = (
+            torch.randint(k, (batch_size, n_events), generator=dice)
+            for k in (len(pairs), COLOURS)
+        )
+        asks = torch.rand(batch_size, n_events, generator=dice) < 0.5
+        events = torch.where(asks, len(pairs) + colour, swap) + n * LETTERS
+        ball, targets = torch.zeros(batch_size, dtype=torch.int64), []
+        for t in range(n_events):
+            a, b = pairs[swap[:, t]].T  # (B,) each
+            moved = torch.where(ball == a, b, torch.where(ball == b, a, ball))
+            ball = torch.where(asks[:, t], ball, moved)
+            letter = letters.gather(1, (ball * COLOURS + colour[:, t])[:, None])[:, 0]
+            targets.append(torch.where(asks[:, t], letter, LETTERS + ball))
+        nothing = torch.full_like(entries, -100)
+        tokens = torch.cat([entries, events], dim=1)  # (B, 10 + n_events)
+        yield tokens, torch.cat([nothing, torch.stack(targets, dim=1)], dim=1), True
