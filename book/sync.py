@@ -64,7 +64,7 @@ def readme_clone(url, names):
 
 
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
-    "feedback_transformer": ["feedback_transformer", "feedback_segment"],
+    "feedback_by_hand": ["fast_feedback"],
     "reformer": ["lsh_attention", "reformer"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}
@@ -209,12 +209,13 @@ def readme_figure(nb):
 def sync(root=ROOT, check=False):
     """Bring every copy up to date, or with check leave them. Returns (drift, broken): what differed, what only an author can mend."""
     url, notebooks = address(root), root / "notebooks"
-    names = sorted({p.stem for p in notebooks.glob("[0-9][0-9]_*") if p.suffix in (".ipynb", ".py")})
+    files = [p for p in notebooks.iterdir() if p.suffix in (".ipynb", ".py")]
+    names = sorted({p.stem for p in files if re.match(r"(\d\d|[ab])_", p.name)})
     drift, broken = [], []
     for name in names:
         ipynb, py = notebooks / f"{name}.ipynb", notebooks / f"{name}.py"
         nb, changes = read_pair(ipynb, py)
-        modules = [root / "memtx_minimal" / f"{file}.py" for file in MODULES.get(name[3:], [name[3:]])]
+        modules = [root / "memtx_minimal" / f"{file}.py" for file in MODULES.get(name.split("_", 1)[1], [name.split("_", 1)[1]])]
         for more, faults in [sync_modules(nb, name, modules), sync_generated(nb, name, url)]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
