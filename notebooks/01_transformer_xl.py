@@ -214,7 +214,6 @@ def attention_mask(distance, limit=None):
     """Added to scores, (T, K): -inf hides the future, and keys at limit or farther."""
     hidden = distance < 0
     if limit is not None:
-        inputs.check_number("limit", limit, 1)
         hidden |= distance >= limit
     mask = torch.zeros_like(distance, dtype=torch.float32)
     return mask.masked_fill(hidden, float("-inf"))
@@ -235,10 +234,9 @@ print(attention_mask(distances(T=3, M=2)))
 # %% tags=["from-module"]
 def sinusoid(distance, d_model):
     """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: not learned."""
-    inputs.check_even("d_model", d_model)
-    evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=distance.device)
-    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
-    angles = distance[:, None] / wavelengths  # in float32, whatever the model's dtype
+    evens = torch.arange(0, d_model, 2, device=distance.device)  # (d_model / 2,)
+    wavelengths = 10_000 ** (evens / d_model)
+    angles = distance[:, None] / wavelengths
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 # %%
@@ -374,6 +372,8 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, d_model, n_heads, dropout):
         super().__init__()
+        if d_model % (2 * n_heads):
+            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
         self.n_heads, d_head = n_heads, d_model // n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
@@ -389,7 +389,6 @@ class RelativeAttention(nn.Module):
 
     def forward(self, context, R, mask):
         """context (B, K, d_model), R (K + 1, d_model), mask (T, K) -> (B, T, d_model)."""
-        inputs.check_added("mask", mask)
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
         k, values = self.key_value(context).chunk(2, dim=-1)  # (B, K, d_model)
@@ -499,8 +498,10 @@ class TransformerXL(nn.Module):
         mem_len=64, clamp_len=None, same_length=False, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        inputs.check_sizes(locals(), even=["d_model"])
-        inputs.check_number("mem_len", mem_len, int(same_length))
+        if mem_len < same_length:
+            raise ValueError(f"{mem_len=} is not >= {int(same_length)}")
+        if clamp_len is not None and clamp_len < 1:
+            raise ValueError(f"{clamp_len=} is not >= 1, nor None")
         self.mem_len, self.clamp_len, self.same_length = mem_len, clamp_len, same_length
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -509,13 +510,13 @@ class TransformerXL(nn.Module):
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        inputs.check_sizes({"mem_len": self.mem_len, "clamp_len": self.clamp_len})
-        inputs.check_tokens(tokens, self.embedding.num_embeddings)
+        if self.mem_len < self.same_length:  # it may have been changed
+            raise ValueError(f"mem_len={self.mem_len} is not >= {int(self.same_length)}")
         x = self.dropout(self.embedding(tokens))  # (B, T, d_model)
-        nothing_yet = [x[:, :0]] * len(self.layers)  # (B, 0, d_model) each
-        memory = inputs.checked_memory(memory, nothing_yet)
-        M = min(memory[0].size(1), self.mem_len)
-        distance = distances(x.size(1), M, x.device)  # (T, K)
+        memory = memory or [x[:, :0]] * len(self.layers)  # nothing yet: (B, 0, d_model)
+        if len(memory[0]) != len(x):
+            raise ValueError(f"memory of {len(memory[0])} streams, tokens of {len(x)}")
+        distance = distances(x.size(1), memory[0].size(1), x.device)  # (T, K)
         mask = attention_mask(distance, self.mem_len if self.same_length else None)
         columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
         R = sinusoid(columns.clamp(0, self.clamp_len), x.size(-1)).to(x.dtype)
@@ -523,7 +524,7 @@ class TransformerXL(nn.Module):
 
         remembered = []
         for layer, past in zip(self.layers, memory, strict=True):
-            context = torch.cat([past[:, past.size(1) - M :], x], dim=1)  # (B, K, d_model)
+            context = torch.cat([past, x], dim=1)  # (B, K, d_model)
             first = max(0, context.size(1) - self.mem_len)
             remembered.append(context[:, first:].detach().clone())
             x = layer(context, R, mask)

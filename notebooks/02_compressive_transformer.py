@@ -313,8 +313,6 @@ class MostUsed(MaxPooling):
 
     def forward(self, old, used):
         n = old.size(1) // self.rate
-        if used is None or n * self.rate != old.size(1):
-            raise ValueError("most-used needs old states c by c, and how each was used")
         kept = used.topk(n, dim=1).indices.sort(dim=1).values  # (B, O / c)
         return old.take_along_dim(kept[:, :, None], dim=1)
 
@@ -448,17 +446,17 @@ def check(mem_len, compressed_len, rate, compression, loss):
 class Memory(nn.Module):
     """Memory and compressed memory of one layer, and how one goes over into the other."""
 
-    def __init__(self, d_model, rate, compression, loss):
+    def __init__(self, d_model, mem_len, compressed_len, rate, compression, loss):
         super().__init__()
-        self.rate, self.loss = rate, loss
-        self.compress = COMPRESSIONS[compression](d_model, rate)
+        self.mem_len, self.compressed_len, self.rate = mem_len, compressed_len, rate
+        self.loss, self.compress = loss, COMPRESSIONS[compression](d_model, rate)
         if loss == "auto-encoding":
             self.decode = nn.Linear(d_model, rate * d_model)  # g
 
-    def forward(self, layer, h, compressed, recent, mem_len, compressed_len):
-        """h (B, T, d_model) enters -> (B, C, d_model), (B, M, d_model), loss."""
+    def forward(self, layer, h, compressed, recent):
+        """h (B, T, d_model) enters; compressed (B, C, d_model), recent (B, M, d_model), loss."""
         recent = torch.cat([recent, h.detach()], dim=1)  # (B, M + T, d_model)
-        excess = max(0, recent.size(1) - mem_len)
+        excess = max(0, recent.size(1) - self.mem_len)
         n_old = math.ceil(excess / self.rate) * self.rate  # whole groups leave
         if n_old == 0:
             return compressed, recent, h.new_zeros(())
@@ -473,7 +471,7 @@ class Memory(nn.Module):
         if self.loss != "bptt":
             new = new.detach()
         compressed = torch.cat([compressed, new], dim=1)  # (B, C + O / c, d_model)
-        first = max(0, compressed.size(1) - compressed_len)
+        first = max(0, compressed.size(1) - self.compressed_len)
         return compressed[:, first:], recent, loss
 
 # %% [markdown]
@@ -484,21 +482,20 @@ class Memory(nn.Module):
 # %% tags=["from-module"]
 def read_piece(model, tokens, memory):
     """At most mem_len tokens -> states (B, T, d_model), memory, loss, with their graphs."""
+    if tokens.size(1) == 0:
+        raise ValueError("tokens of length 0: give at least one")
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
-    nothing_yet = [(x[:, :0], x[:, :0])] * len(model.layers)  # (B, 0, d_model) each
-    memory = inputs.checked_memory(memory, nothing_yet)
-    surplus = max(0, memory[0][0].size(1) - model.compressed_len)  # where it was lowered
-    memory = [(compressed[:, surplus:], recent) for compressed, recent in memory]
+    memory = memory or [(x[:, :0], x[:, :0])] * len(model.layers)  # nothing yet
     n_remembered = sum(part.size(1) for part in memory[0])  # C + M
     mask = attention_mask(distances(x.size(1), n_remembered, x.device))  # (T, K)
     columns = torch.arange(mask.size(1), -1, -1, device=x.device)  # K ... 0
     R = model.dropout(sinusoid(columns, x.size(-1)).to(x.dtype))  # (K + 1, d_model)
-    updated, losses, sizes = [], [], (model.mem_len, model.compressed_len)
+    updated, losses = [], []
     stack = zip(model.layers, model.memories, memory, strict=True)
     for layer, remember, (compressed, recent) in stack:
         context = torch.cat([compressed, recent, x], dim=1)  # (B, K, d_model)
-        *parts, loss = remember(layer, x, compressed, recent, *sizes)
-        updated.append(tuple(parts)), losses.append(loss)
+        *parts, loss = remember(layer, x, compressed, recent)
+        updated.append(parts), losses.append(loss)
         x = layer(context, R, mask)
     return x, updated, sum(losses)
 
@@ -512,11 +509,10 @@ class CompressiveTransformer(nn.Module):
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss.
     Memory, for each layer: detached states (B, C, d_model), C <= compressed_len, and
-    (B, M, d_model), M <= mem_len; both lengths may be changed at any time. Longer texts are
-    read in pieces of mem_len. The loss, a scalar, comes in training mode, with
-    loss="attention" and "auto-encoding" (where the compression has no parameters, it
-    measures and trains nothing); "bptt" trains f_c by the logits of later pieces, so pass
-    two or more at once; None does not train it.
+    (B, M, d_model), M <= mem_len. Longer texts are read in pieces of mem_len (set it here:
+    changed later, it moves the pieces, not the memory's size). The loss, a scalar, comes in
+    training mode, with loss="attention" and "auto-encoding"; "bptt" trains f_c by the
+    logits of later pieces, so pass two or more at once; None does not train it.
     """
 
     def __init__(
@@ -525,23 +521,15 @@ class CompressiveTransformer(nn.Module):
         loss="attention", dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        inputs.check_sizes(locals(), even=["d_model"])
-        inputs.check_one_of("compression", compression, COMPRESSIONS)
-        inputs.check_one_of("loss", loss, LOSSES)
-        inputs.check_multiple("mem_len", mem_len, "compression_rate", compression_rate)
-        self.mem_len, self.compressed_len = mem_len, compressed_len
+        check(mem_len, compressed_len, compression_rate, compression, loss)
+        self.mem_len, self.loss = mem_len, loss
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
         stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
         self.layers = nn.ModuleList(stack)
-        sizes = d_model, compression_rate, compression, loss
+        sizes = d_model, mem_len, compressed_len, compression_rate, compression, loss
         self.memories = nn.ModuleList(Memory(*sizes) for _ in range(n_layers))
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
-
-    @property
-    def loss(self):
-        """What trains the compression functions: chosen when they are built."""
-        return self.memories[0].loss
 
     def clip_groups(self):
         """The parameters of the language model, and those that compress: clipped apart."""
@@ -550,18 +538,15 @@ class CompressiveTransformer(nn.Module):
         return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
-        rate, lengths = self.memories[0].rate, ("mem_len", "compressed_len")
-        inputs.check_sizes({name: getattr(self, name) for name in lengths})  # may be changed
-        inputs.check_multiple("mem_len", self.mem_len, "compression_rate", rate)
-        inputs.check_tokens(tokens, self.embedding.num_embeddings)
+        B = len(tokens)
+        if memory and len(memory[0][0]) != B:
+            raise ValueError(f"memory of {len(memory[0][0])} streams, tokens of {B}")
         states, losses = [], []
         for piece in tokens.split(self.mem_len, dim=1):
             x, memory, loss = read_piece(self, piece, memory)
             states.append(x), losses.append(loss)
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
         memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
-        if self.training and self.loss == "bptt" and len(states) == 1:
-            warnings.warn(f"bptt trains f_c across pieces: pass over {self.mem_len} tokens")
         own = self.training and self.loss in ("attention", "auto-encoding")
         return (logits, memory, sum(losses)) if own else (logits, memory)
 

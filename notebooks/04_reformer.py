@@ -572,7 +572,7 @@ def full_precision(method):
     """Keeps autocast out of forward and backward, which must get the same scores."""
 
     def outside_autocast(ctx, x, *rest):
-        with inputs.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return method(ctx, x, *rest)
 
     return outside_autocast
@@ -721,7 +721,9 @@ class Settings:
     duplicates: bool = True  # count a key once that several rounds find: -log N_ij
 
     def __setattr__(self, name, value):
-        inputs.check_sizes({name: value})
+        least = {"chunk_len": 1}.get(name, 0)
+        if value < least:
+            raise ValueError(f"{name}={value} is not >= {least}")
         object.__setattr__(self, name, value)
 
     def arguments(self):
@@ -735,7 +737,7 @@ class LSHAttention(nn.Module):
 
     def __init__(self, d_model, n_heads, settings, dropout=0.0, seed=0):
         super().__init__()
-        self.n_heads, self.settings, self.seed = n_heads, settings, seed
+        self.n_heads, self.settings, self.seed, self.step = n_heads, settings, seed, 0
         self.norm, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
         self.query_value = nn.Linear(d_model, 2 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
@@ -746,22 +748,20 @@ class LSHAttention(nn.Module):
         q, v = qv.permute(2, 0, 3, 1, 4)
         return q, F.normalize(q, dim=-1), v
 
-    def hash(self, q, seed=None):
-        """Buckets (R, B, H, T), by the rotations of a seed; None: see all."""
+    def hash(self, q):
+        """Buckets (R, B, H, T), by rotations new at each step of training; None: see all."""
         chunk_len, n_rounds = self.settings.chunk_len, self.settings.n_rounds
         if n_rounds == 0 or q.size(2) <= 2 * chunk_len:
             return None  # two chunks see nearly all anyway, and exact attention costs no more
+        self.step += self.training
+        seed = self.seed + 1000 * self.step * self.training
         n_buckets = 2 * math.ceil(q.size(2) / chunk_len)  # so that c = 2 T / n_buckets
-        seed = self.seed if seed is None else seed
         return hash_vectors(q.detach(), n_buckets, n_rounds, seed)
 
     def forward(self, x, buckets=None):
         """x (B, T, d_model), buckets if known -> change (B, T, d_model), buckets."""
         q, k, v = self.heads(x)
-        # Training hashes anew each time. Drawn even where buckets are known, so that what
-        # is computed a second time finds the same random numbers behind it.
-        seed = int(torch.randint(2**31, ())) if self.training else None
-        buckets = self.hash(q, seed) if buckets is None else buckets
+        buckets = self.hash(q) if buckets is None else buckets
         if buckets is None:
             y = F.scaled_dot_product_attention(q, k, v, exact_mask(q), scale=1.0)
         else:
@@ -805,14 +805,12 @@ for T in (16, 50):
 
 # %% tags=["from-module"]
 def random_state(device, state=None):
-    """The states of the random numbers on the CPU and on the device; sets them to `state`."""
-    here = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
+    """The state of the device's random numbers, from now on `state` if one is given."""
+    numbers = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch)
     where = [device] if device.type == "cuda" else []
     if state is not None:
-        torch.set_rng_state(state[0])
-        if here:
-            here.set_rng_state(state[1], *where)
-    return torch.get_rng_state(), here.get_rng_state(*where) if here else None
+        numbers.set_rng_state(state, *where)
+    return numbers.get_rng_state(*where)
 
 # %% [markdown]
 # A feed-forward network treats every position by itself, so it need not treat them all at once.
@@ -829,18 +827,18 @@ def couple(block, x, y, kept=None):
     return torch.cat(pieces, dim=1), kept
 
 # %% tags=["from-module"]
-def run(blocks, x, kept=None):
+def run(blocks, x, kept=None, random=False):
     """x (B, T, d_model) through all blocks, as two streams x1 and x2. Eq. 7 to 9.
 
-    Puts in kept, for each block, the states of the random numbers before it, and buckets.
+    Puts in kept, for each block, the state of the random numbers if wanted, and buckets.
     """
     x1 = x2 = x
     for block in blocks:
-        states = random_state(x.device)
+        state = random_state(x.device) if random else None
         changed, buckets = couple(block, x2, x1)
         x1, x2 = x2, changed
         if kept is not None:
-            kept += [*states, buckets]
+            kept += [state, buckets]
     return x1, x2
 
 # %% [markdown]
@@ -856,7 +854,7 @@ def uncouple(block, x, y, dx, dy, kept, autocast):
     own, grads, ys, dxs = [p for p in block.parameters() if p.requires_grad], [], [], []
     pieces = (t.split(block.piece_len or x.size(1), dim=1) for t in (x, y, dx, dy))
     for read, changed, d_read, d_changed in zip(*pieces):
-        with torch.enable_grad(), inputs.autocast(x.device.type, **autocast):
+        with torch.enable_grad(), torch.autocast(x.device.type, **autocast):
             read = read.detach().requires_grad_()
             change, _ = block(read, kept)
         d, *more = torch.autograd.grad(change, [read, *own], d_changed.to(change.dtype))
@@ -887,11 +885,13 @@ class Reversible(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, blocks, *parameters):
+    def forward(ctx, x, blocks, random, *parameters):
         ctx.blocks, ctx.modes, device = blocks, modes(blocks), x.device.type
-        ctx.autocast, kept = inputs.autocast_settings(device), []
-        with inputs.autocast(device, **ctx.autocast):
-            y = torch.cat(run(blocks, x, kept), dim=-1)
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        ctx.autocast = dict(enabled=enabled, dtype=dtype, cache_enabled=False)
+        kept = []
+        with torch.autocast(device, **ctx.autocast):
+            y = torch.cat(run(blocks, x, kept, random), dim=-1)
         ctx.save_for_backward(y, *kept, *parameters)  # whoever changes one in place is told
         return y
 
@@ -905,12 +905,11 @@ class Reversible(torch.autograd.Function):
         (x1, x2), (d1, d2), grads = y.chunk(2, dim=-1), dy.chunk(2, dim=-1), []
         now = random_state(y.device)
         for n, block in reversed(list(enumerate(ctx.blocks))):
-            *states, buckets = kept[3 * n : 3 * n + 3]
-            random_state(y.device, states)
-            before, d, own = uncouple(block, x1, x2, d1, d2, buckets, ctx.autocast)
+            random_state(y.device, kept[2 * n])
+            before, d, own = uncouple(block, x1, x2, d1, d2, kept[2 * n + 1], ctx.autocast)
             x1, x2, d1, d2, grads = before, x1, d2, d, own + grads
         random_state(y.device, now)
-        return d1 + d2, None, *grads
+        return d1 + d2, None, None, *grads
 
 # %% [markdown]
 # ### The rest of the model
@@ -969,8 +968,10 @@ class Reformer(nn.Module):
         n_rounds=2, axial_shape=(16, 64), piece_len=512, reversible=True, dropout=0.0,
     ):  # fmt: skip
         super().__init__()
-        inputs.check_sizes(locals())
-        inputs.check_pair("axial_shape", axial_shape)
+        if d_model % (2 * n_heads):
+            raise ValueError(f"{d_model=} is not a multiple of 2 * n_heads = {2 * n_heads}")
+        if len(axial_shape) != 2 or piece_len < 1:
+            raise ValueError(f"{axial_shape=} is not a pair, or {piece_len=} is not >= 1")
         self.max_len, self.reversible = math.prod(axial_shape), reversible
         self.settings = Settings(chunk_len, n_rounds)
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -982,15 +983,17 @@ class Reformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(2 * d_model), nn.Linear(2 * d_model, vocab_size)
 
     def forward(self, tokens, memory=None):
-        inputs.check_tokens(tokens, self.embedding.num_embeddings, self.max_len)
-        memory, positions = inputs.checked_memory(memory, None), self.positions(tokens.size(1))
-        x = self.dropout(self.embedding(tokens) + positions)  # (B, T, d_model)
+        T = tokens.size(1)
+        if not 1 <= T <= self.max_len:
+            raise ValueError(f"{T} tokens do not fit the window: pass 1 to {self.max_len}")
+        x = self.dropout(self.embedding(tokens) + self.positions(T))  # (B, T, d_model)
         if self.reversible:
             learned = [p for p in self.blocks.parameters() if p.requires_grad]
-            x = Reversible.apply(x, self.blocks, *learned)  # (B, T, 2 * d_model)
+            random = self.training and self.dropout.p > 0
+            x = Reversible.apply(x, self.blocks, random, *learned)  # (B, T, 2 * d_model)
         else:
             x = torch.cat(run(self.blocks, x), dim=-1)
-        return self.head(self.norm(x)), memory
+        return self.head(self.norm(x)), None
 
 # %% tags=["from-module"]
 @torch.no_grad()
