@@ -67,7 +67,7 @@ started = time.perf_counter()
 device = training.best_device()
 figures.use_style()
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 def table(caption, header, rows):
     """Show an HTML table: the first column is left-aligned, numbers are right-aligned."""
     def line(cells, tag):
@@ -95,7 +95,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # columns had to be finished, one after the other, before their orange squares existed. That is
 # the price.
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 def unrolled_feedback(axes, n_layers, now):
     """Each step mixes its states into a square on top; each layer reads all squares."""
     top = n_layers + 1
@@ -188,7 +188,7 @@ def depth_scores(seed):
 # %%
 by_depth = depth_scores(SEED)
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 def swaps_axes(axes, title):
     """What the figures of the ball have in common."""
     axes.axhline(0.2, color="black", linestyle=":", label="guessing")
@@ -348,7 +348,7 @@ print("kv", tuple(kv.shape), "-> keys", tuple(keys.shape), " values", tuple(valu
 # %% [markdown]
 # Equal vectors have equal keys, but not once their ages are added:
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.8), sharey=True)
 before = kv[0, :, 0, 0, 0].detach().T  # keys of the first head: (d_head, M)
 after = keys[0, 0, 0].detach().T
@@ -493,7 +493,7 @@ reach = {
 }
 assert all((change > 1e-12).all() for change in reach.values())  # more than rounding
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 for (name, change), marker in zip(reach.items(), "o^s"):
     axes.plot(range(9, -1, -1), change, marker=marker, label=name)
@@ -537,7 +537,7 @@ torch.manual_seed(SEED)
 feedback, losses, seconds = fit(FeedbackTransformer(**SIZES, n_layers=2), SEED)
 print(f"{corpus.name}, {STEPS} steps: {seconds:.0f} seconds, {valid_loss(feedback):.3f} nats per character")
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 axes.plot(range(25, STEPS + 1), figures.smooth(losses, 25))
 axes.set(xlabel="training step", ylabel="training loss (nats per character)")
@@ -591,7 +591,7 @@ def tracker_scores(seed):
 # %%
 tracking, by_swap = trackers(SEED)
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 shown = by_swap | {"vanilla, 8 layers": by_depth["vanilla, 8"]}
 looks = ("o", figures.BLUE, 5), ("x", figures.GREEN, 4), ("D", "black", 4)
@@ -625,7 +625,7 @@ assert all(min(shares) > 0.85 for shares in by_swap.values())
 # before, and between them a colour is called: which letter of this colour is on the card, at the
 # place where the ball is *now*? One has to keep the state and to look things up by it.
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 tokens, targets, _ = next(tasks.card(1, 6, seed=SEED))
 colours, words = ("red", "blue"), []
 for token in tokens[0].tolist():
@@ -678,7 +678,7 @@ def card_scores(seed):
 # %%
 on_card = card_scores(SEED)
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 for k, (what, guess, color) in enumerate([("place", 1 / 5, figures.BLUE), ("letter", 1 / 8, figures.ORANGE)]):
     at = [n + 0.4 * (k - 0.5) for n in range(3)]
@@ -742,7 +742,7 @@ def mixture_scores(seed):
 # %%
 made_of = mixture_scores(SEED)
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 figures.bars(axes, made_of, ylabel="share of right answers")
 axes.axhline(0.2, color="black", linestyle=":", label="guessing")
@@ -798,7 +798,7 @@ def text_scores(seed):
 trained = text_models(SEED)
 loss = {key: valid_loss(model) for key, (model, *_) in trained.items()}
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 looks = {
     "Feedback": ("o", "-", figures.BLUE), "Feedback, per layer": ("P", "", figures.GREEN),
@@ -867,7 +867,7 @@ def attention_by_age(model, n_segments=4):
 by_age = attention_by_age(model)
 assert torch.allclose(by_age.sum(dim=-1), torch.ones(4), atol=1e-4)  # all is accounted for
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 edges = [1, 2, 3, 5, 9, 17, 33]
 mass = {
     f"layer {n + 1}": [row[a - 1 : b - 1].sum() for a, b in zip(edges, edges[1:])]
@@ -935,7 +935,7 @@ priced = {
     "vanilla": [costs(VanillaTransformer(**COSTS, max_len=128).to(device), T) for T in lengths],
 }
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
 labels = ("forward and backward (ms)", 1e3), ("kept for backward (MiB)", 2**-20)
 for ax, k, (ylabel, unit) in zip(axes, (0, 1), labels):
@@ -987,7 +987,7 @@ def impatient_scores(seed):
 # %%
 impatient = impatient_scores(SEED)["32 swaps from the start"]
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 axes.plot(range(1, 33), by_swap["Feedback, 1 layer"], marker="o", label="short games first")
 axes.plot(range(1, 33), impatient, marker="v", color=figures.ORANGE, label="32 swaps from the start")
@@ -1053,7 +1053,7 @@ start_from_parallel(copy, vanilla)
 at_once = valid_loss(copy)
 copy, _, second = fit(copy, SEED, steps=STEPS // 2)
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 _, _, alone = trained["Feedback", 2]
 table(
     f"By way of a parallel model (2 layers, {corpus.name})",
@@ -1186,7 +1186,7 @@ def per_token(n):
 
 took = {n: per_token(n) for n in read_before}
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 looks = {
     "vanilla, reading all again": ("D", ":", "black"), "Feedback, vectors": ("o", "--", figures.BLUE),
@@ -1239,7 +1239,7 @@ def bytes_per_token(n_layers, n=32):
 held = {n: bytes_per_token(n) for n in (1, 2, 4, 8)}
 assert all(h["Feedback, shared"] == 4 * 2 * 64 and h["vanilla"] == 4 * 2 * 64 * n for n, h in held.items())
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 looks = {
     "vanilla": ("D", "black", 9), "Feedback, per layer": ("P", figures.GREEN, 5),
@@ -1306,7 +1306,7 @@ figures.show(
 # 6. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and
 # what would two passes give?
 
-# %% tags=["hide-input"] jupyter={"source_hidden": true}
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 def longest_path(n_layers, n, kind):
     """The most layers on a path from token 0 to the output n tokens later."""
     longest = {(0, 0): 0}  # (position, layer): the most layers passed since token 0
