@@ -197,9 +197,8 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
-    and layer, a column for each slot, from mem_len slots before the block on. right
-    holds the queries, and the errors at the heads. So the errors at keys and values are
-    left.mT @ right.
+    and layer, a column for each slot, from mem_len slots before the block on; right, the
+    queries, and the errors at the heads. left.mT @ right: errors at keys and values.
     """
     (_, B, H, K, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
     C, first, N = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
@@ -220,8 +219,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     *shares, share_of_output = alpha.tolist()
     for r in reversed(range(C)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
-        g_kv = near[:, r].view(2, B, H, -1).transpose(0, 1)
-        sums.new[t].view(B, 2, H, -1).copy_(g_kv)
+        sums.new[t] = near[:, r].reshape(2, B, -1).transpose(0, 1).flatten(1)
         stats = (stat[r] for stat in vector_stats)
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])

@@ -134,41 +134,6 @@ class FeedbackTransformer(nn.Module):
         return self.head(self.norm(outputs)), memory.clone()
 
 
-@torch.no_grad()
-def start_from_parallel(model, vanilla):
-    """Copy the weights of a trained VanillaTransformer of the same sizes into model.
-
-    In vanilla, a layer's keys and values are projected from its own norm's output; here
-    from that of the memory's norm, which is new. So the old norm's gain is multiplied
-    into the projection; its shift is lost, for want of a bias. Where the layers share
-    one projection, it is the mean of theirs. Positions and layer weights have no
-    counterpart in vanilla, and stay as they are.
-    """
-    both, first = (model, vanilla), vanilla.layers[0]
-    for name, (ours, theirs) in {
-        "n_layers": [len(m.layers) for m in both],
-        "n_heads": (model.memory.n_heads, first.attention.n_heads),
-        "vocab_size, d_model": [tuple(m.embedding.weight.shape) for m in both],
-        "d_ff": [m.layers[0].feed_forward[0].out_features for m in both],
-    }.items():
-        if ours != theirs:
-            raise ValueError(f"{name}: {ours} here, {theirs} in vanilla")
-    for name in ("embedding", "norm", "head"):
-        getattr(model, name).load_state_dict(getattr(vanilla, name).state_dict())
-    projections = []
-    for ours, theirs in zip(model.layers, vanilla.layers):
-        W_q, *W_kv = theirs.attention.query_key_value.weight.chunk(3)
-        ours.query.weight.copy_(W_q)
-        ours.out.load_state_dict(theirs.attention.out.state_dict())
-        for name in ("feed_forward", "norm_attention", "norm_feed_forward"):
-            getattr(ours, name).load_state_dict(getattr(theirs, name).state_dict())
-        projections.append(torch.cat(W_kv) * theirs.norm_attention.weight)
-    W_kv = torch.stack(projections)  # (L, 2 * d_model, d_model)
-    model.memory.norm.reset_parameters()
-    weight = model.memory.key_value.weight
-    weight.copy_(W_kv.mean(dim=0) if model.shared_kv else W_kv.flatten(0, 1))
-
-
 class Cached(nn.Module):
     """A FeedbackTransformer for generation: its memory is keys and values, made once.
 

@@ -1,6 +1,5 @@
 """What the Feedback Transformer promises (Fan et al. 2020): the paper's formulas, its memory, and its cache."""
 
-import copy
 import io
 import math
 from collections import Counter
@@ -13,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memtx_minimal import training
-from memtx_minimal.feedback_transformer import Cached, FeedbackTransformer, start_from_parallel
+from memtx_minimal.feedback_transformer import Cached, FeedbackTransformer
 from memtx_minimal.measure import bytes_for_backward, nbytes, record_attention
-from memtx_minimal.vanilla_transformer import VanillaTransformer
 from test_models import SMALL, read, tokens
 
 
@@ -328,66 +326,6 @@ def test_a_cache_of_inference_mode_goes_on_under_no_grad():
     expected, _ = model(text[:, 4:], memory)
     with torch.inference_mode(False):
         torch.testing.assert_close(model(text[:, 4:], memory)[0], expected)
-
-
-# ------------------------------------------------------------------ training aids
-
-
-def test_starting_from_a_parallel_transformer_maps_every_weight(monkeypatch):
-    """One layer, memory of the embedding alone, no positions: then Feedback is vanilla that cannot see itself."""
-    torch.manual_seed(0)
-    vanilla = VanillaTransformer(**SMALL | dict(n_layers=1), max_len=12).double()
-    for p in vanilla.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    torch.nn.init.zeros_(vanilla.layers[0].norm_attention.bias)
-    nowhere = lambda positions, d_model: torch.zeros(len(positions), d_model)  # noqa: E731
-    monkeypatch.setattr("memtx_minimal.vanilla_transformer.sinusoid", nowhere)
-    for shared_kv in (True, False):
-        model = make(n_layers=1, mem_len=12, shared_kv=shared_kv)
-        start_from_parallel(model, vanilla)
-        with torch.no_grad():
-            model.memory.layer_weights.copy_(torch.tensor([0.0, -1e9]))
-            model.memory.positions.zero_()
-        text = tokens(2, 12)
-        layer = vanilla.layers[0]
-        x = vanilla.embedding(text)
-        q, k, v = layer.attention.query_key_value(layer.norm_attention(x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        scores = q @ k.mT / 8**0.5 + torch.full((12, 12), -math.inf).triu()
-        heads = (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2).flatten(2)
-        x = x + layer.attention.out(heads)
-        x = x + layer.feed_forward(layer.norm_feed_forward(x))
-        torch.testing.assert_close(model(text)[0], vanilla.head(vanilla.norm(x)))
-
-
-def test_starting_from_a_parallel_transformer_keeps_layers_apart():
-    torch.manual_seed(0)
-    vanilla, model = VanillaTransformer(**SMALL).double(), make(shared_kv=False)
-    fresh = copy.deepcopy(model.memory)
-    start_from_parallel(model, vanilla)
-    for theirs, ours in zip(vanilla.layers, model.layers):
-        assert torch.equal(theirs.attention.query_key_value.weight[:16], ours.query.weight)
-        assert torch.equal(theirs.feed_forward[2].weight, ours.feed_forward[2].weight)
-    W = model.memory.key_value.weight.view(3, 2, 16, 16)
-    for n, layer in enumerate(vanilla.layers):
-        assert torch.equal(W[n].flatten(0, 1), layer.attention.query_key_value.weight[16:])
-    assert torch.equal(model.memory.positions, fresh.positions)  # nothing in vanilla is like these
-
-
-@pytest.mark.parametrize(
-    "other, message",
-    [
-        (dict(n_layers=2), "n_layers: 2 here, 3 in vanilla"),
-        (dict(n_heads=4), "n_heads: 4 here, 2 in vanilla"),
-        (dict(d_ff=48), "d_ff: 48 here, 32 in vanilla"),
-        (dict(vocab_size=12), "vocab_size, d_model: .12, 16. here, .11, 16. in vanilla"),
-    ],
-)
-def test_weights_of_another_size_are_refused_and_nothing_is_copied(other, message):
-    vanilla, model = VanillaTransformer(**SMALL).double(), make(**other)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=message):
-        start_from_parallel(model, vanilla)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 # ------------------------------------------------------------------ errors
