@@ -197,7 +197,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
-    and layer, a column for each slot, from mem_len slots before the block on; right, the
+    and layer, a column for each slot, from mem_len slots before the block on; right the
     queries, and the errors at the heads. left.mT @ right: errors at keys and values.
     """
     (_, B, H, K, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, display
+from IPython.display import HTML, Image, display
 from PIL import Image as Picture
 
 STYLE = Path(__file__).with_name("memtx.mplstyle")
@@ -56,6 +56,20 @@ def curves(axes, x, ys, *, xlabel, ylabel, marker=None):
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if len(ys) > 1:
         axes.legend()
+
+
+def table(caption, header, rows):
+    """Display an HTML table: its first column to the left, all others to the right."""
+
+    def line(cells, tag):
+        sides = ["left"] + ["right"] * (len(cells) - 1)
+        cell = '<{0} style="text-align: {1}">{2}</{0}>'
+        return "".join(cell.format(tag, side, text) for side, text in zip(sides, cells))
+
+    body = "".join(f"<tr>{line(list(row), 'td')}</tr>" for row in rows)
+    head = f"<thead><tr>{line(header, 'th')}</tr></thead>"
+    caption = f"<caption>{caption}</caption>"
+    display(HTML(f"<table>{caption}{head}<tbody>{body}</tbody></table>"))
 
 
 def smooth(values, width):

@@ -93,39 +93,36 @@ def duplicate(*, batch_size=32, length=64, n_symbols=63, seed=0):
         yield tokens, targets, True
 
 
-PLACES, COLOURS, LETTERS = 5, 2, 8
-CARD_VOCAB = PLACES * COLOURS * LETTERS + 10 + COLOURS  # 92 tokens: entries, swaps, colours
+PLACES, LETTERS = 5, 16
+CARD_VOCAB = PLACES * LETTERS + 10 + 1 + PLACES  # 96: entries, swaps, question, starts
 
 
 def card(batch_size, n_events, seed=0):
     """Cups with a card: where the ball is must be worked out, what lies there looked up.
 
-    A game begins with a card of PLACES * COLOURS entries in random order, one token each:
-    "at this place, this colour has this letter". Then n_events follow, half of them swaps
-    of two cups, as in `cups`, half of them colours. The target of a swap is the place of
-    the ball, LETTERS + 0 ... 4; that of a colour is the letter that the card gives for it
-    at the place where the ball is, 0 ... 7. Entries have no target. Each segment is a game
-    of its own. Yields (tokens, targets, at_start), T = 10 + n_events.
+    A game begins with a card: one entry for each of five places, in random order, that
+    gives it one of 16 letters. A token says where the ball starts. Then n_events follow:
+    swaps of two cups, as in `cups`, and, for one half, the question "which letter has the
+    ball's place now?". The target of a question is the letter, 0 ... 15; that of the
+    start and of a swap is the ball's place, LETTERS + 0 ... 4; entries have none. Each
+    segment is a game of its own. Yields (tokens, targets, at_start), T = 6 + n_events.
     """
     pairs = torch.combinations(torch.arange(PLACES))
-    dice, n = torch.Generator().manual_seed(seed), PLACES * COLOURS
+    dice, rows = torch.Generator().manual_seed(seed), torch.arange(batch_size)
     while True:
-        letters = torch.randint(LETTERS, (batch_size, n), generator=dice)
-        order = torch.rand(batch_size, n, generator=dice).argsort(dim=1)
-        entries = (torch.arange(n) * LETTERS + letters).gather(1, order)
-        swap, colour = (
-            torch.randint(k, (batch_size, n_events), generator=dice)
-            for k in (len(pairs), COLOURS)
-        )
+        letters = torch.randint(LETTERS, (batch_size, PLACES), generator=dice)
+        order = torch.rand(batch_size, PLACES, generator=dice).argsort(dim=1)
+        entries = (torch.arange(PLACES) * LETTERS + letters).gather(1, order)
+        ball = torch.randint(PLACES, (batch_size,), generator=dice)
+        swaps = torch.randint(len(pairs), (batch_size, n_events), generator=dice)
         asks = torch.rand(batch_size, n_events, generator=dice) < 0.5
-        events = torch.where(asks, len(pairs) + colour, swap) + n * LETTERS
-        ball, targets = torch.zeros(batch_size, dtype=torch.int64), []
+        events = torch.where(asks, len(pairs), swaps) + PLACES * LETTERS
+        start = ball + PLACES * LETTERS + len(pairs) + 1
+        targets = [*torch.full((PLACES, batch_size), -100), LETTERS + ball]
         for t in range(n_events):
-            a, b = pairs[swap[:, t]].T  # (B,) each
+            a, b = pairs[swaps[:, t]].T  # (B,) each
             moved = torch.where(ball == a, b, torch.where(ball == b, a, ball))
             ball = torch.where(asks[:, t], ball, moved)
-            letter = letters.gather(1, (ball * COLOURS + colour[:, t])[:, None])[:, 0]
-            targets.append(torch.where(asks[:, t], letter, LETTERS + ball))
-        nothing = torch.full_like(entries, -100)
-        tokens = torch.cat([entries, events], dim=1)  # (B, 10 + n_events)
-        yield tokens, torch.cat([nothing, torch.stack(targets, dim=1)], dim=1), True
+            targets.append(torch.where(asks[:, t], letters[rows, ball], LETTERS + ball))
+        tokens = torch.cat([entries, start[:, None], events], dim=1)
+        yield tokens, torch.stack(targets, dim=1), True  # (B, 6 + n_events) each

@@ -45,30 +45,26 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML, display
+from matplotlib.colors import ListedColormap
 from torch import nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
 from torch.nn.modules.module import _has_any_global_hook
 
 from memtx_minimal import figures, inputs, measure, training
-from memtx_minimal.feedback_transformer import Cached, FeedbackTransformer, Layer, Memory, embed
+from memtx_minimal.feedback_transformer import (
+    Cached,
+    FeedbackTransformer,
+    Layer,
+    Memory,
+    embed,
+)
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
 SEED = 0
 started = time.perf_counter()
 figures.use_style()
 torch.manual_seed(SEED)
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def table(caption, header, rows):
-    """Show an HTML table: the first column is left-aligned, numbers are right-aligned."""
-    def line(cells, tag):
-        sides = ["left"] + ["right"] * (len(cells) - 1)
-        return "".join(f'<{tag} style="text-align:{s}">{c}</{tag}>' for s, c in zip(sides, cells))
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    head = f"<thead><tr>{line(header, 'th')}</tr></thead>"
-    display(HTML(f"<table><caption>{caption}</caption>{head}<tbody>{body}</tbody></table>"))
 
 # %% [markdown]
 # ## A.1 The chain rule in two columns
@@ -104,7 +100,7 @@ assert torch.allclose(y * (g - y @ g), by_autograd)
 
 # %%
 def forwards(x, W_q, W_k, W_v, W_1, W_2):
-    """x (T, d) -> all that the steps leave: m (T, d), and q, k, v, z, h, and the weights w."""
+    """x (T, d) -> all that the steps leave: m (T, d), q, k, v, z, h, and the weights w."""
     q, k, v, z, m = torch.zeros(5, *x.shape, dtype=x.dtype)
     h, w = x.new_zeros(len(x), len(W_1)), [None] * len(x)
     for t in range(len(x)):
@@ -156,10 +152,15 @@ def by_autograd(g_m, x, *weights):
 
 d, d_ff, T = 4, 8, 12
 x, g_m = torch.randn(2, T, d, dtype=torch.float64)
-weights = [torch.randn(*shape, dtype=torch.float64) / 2 for shape in [(d, d)] * 3 + [(d_ff, d), (d, d_ff)]]
+weights = [
+    torch.randn(*shape, dtype=torch.float64) / 2
+    for shape in [(d, d)] * 3 + [(d_ff, d), (d, d_ff)]
+]
 kept = forwards(x, *weights)
 errors = backwards(g_m, x, *weights, *kept)
-worst = max((a - b).abs().max().item() for a, b in zip(errors, by_autograd(g_m, x, *weights)))
+worst = max(
+    (a - b).abs().max().item() for a, b in zip(errors, by_autograd(g_m, x, *weights))
+)
 print(f"largest difference from autograd: {worst:.0e}")
 assert worst < 1e-12
 
@@ -180,19 +181,26 @@ n, C = 16, 4
 step, slot = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
 kind = torch.where(slot >= step, 0, torch.where(slot // C == step // C, 2, 1)).float()
 figure, axes = plt.subplots(figsize=(6.4, 4.2))
-from matplotlib.colors import ListedColormap
-
 colors = ListedColormap(["white", figures.BLUE, figures.ORANGE])
-figures.matrix(axes, kind, xlabel="slot whose key and value get an error", ylabel="step that it comes from", cmap=colors)
+figures.matrix(
+    axes,
+    kind,
+    xlabel="slot whose key and value get an error",
+    ylabel="step that it comes from",
+    cmap=colors,
+)
 for edge in range(0, n + 1, C):
     axes.axhline(edge - 0.5, color="black", linewidth=0.7)
 axes.text(2.5, 13.5, "far: one product a block", color="white", ha="center")
-axes.annotate("near: at once", (13.4, 14), (11.5, 5.5), arrowprops=dict(arrowstyle="->"))
+axes.annotate(
+    "near: at once", (13.4, 14), (11.5, 5.5), arrowprops=dict(arrowstyle="->")
+)
 axes.set_title("Who adds to whose error (16 steps, blocks of 4)")
 figures.show(
     figure,
-    "A triangle: each step adds an error to all slots before it. Only the small triangles along the diagonal, inside "
-    "a block of four steps, must be done at once; the rest is done in one product for each block.",
+    "A triangle: each step adds an error to all slots before it. Only the small "
+    "triangles along the diagonal, inside a block of four steps, must be done at "
+    "once; the rest is done in one product for each block.",
 )
 
 # %% [markdown]
@@ -238,7 +246,9 @@ x, g = torch.randn(2, 3, 8)
 x_hat, center, rstd = normalise(x)
 gain = torch.rand(8)
 u = g * gain
-formula = rstd * (u - u.mean(-1, keepdim=True) - x_hat * (u * x_hat).mean(-1, keepdim=True))
+formula = rstd * (
+    u - u.mean(-1, keepdim=True) - x_hat * (u * x_hat).mean(-1, keepdim=True)
+)
 assert torch.allclose(normalise_back(g, x, center, rstd, gain), formula, atol=1e-6)
 
 # %% [markdown]
@@ -438,21 +448,31 @@ C, L, mem_len = 4, 2, 6
 left = torch.zeros(C * L, mem_len + C)
 for r in range(C):
     left[r * L : (r + 1) * L, r : mem_len + r] = r + 1
-figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4), gridspec_kw={"width_ratios": [10, 6]})
+figure, axes = plt.subplots(
+    1, 2, figsize=(6.4, 3.4), gridspec_kw={"width_ratios": [10, 6]}
+)
 look = dict(cmap="Blues", vmin=0, vmax=C + 2)
-figures.matrix(axes[0], left, xlabel="slot", ylabel="step and layer", title="left", **look)
+figures.matrix(
+    axes[0], left, xlabel="slot", ylabel="step and layer", title="left", **look
+)
 axes[0].axvline(mem_len - 0.5, color=figures.ORANGE)
-axes[0].set_xticks([mem_len / 2 - 0.5, mem_len + C / 2 - 0.5], labels=["far: before", "near: the block"])
+axes[0].set_xticks(
+    [mem_len / 2 - 0.5, mem_len + C / 2 - 0.5],
+    labels=["far: before", "near: the block"],
+)
 rows = [f"step {r}, layer {n + 1}" for r in range(C) for n in range(L)]
 axes[0].set_yticks(range(C * L), labels=rows)
 by_age = torch.stack([left[i].roll(-(i // L))[:mem_len] for i in range(C * L)])
-figures.matrix(axes[1], by_age, xlabel="age (steps)", ylabel="", title="the same by age", **look)
+figures.matrix(
+    axes[1], by_age, xlabel="age (steps)", ylabel="", title="the same by age", **look
+)
 axes[1].set_xticks(range(mem_len), labels=range(mem_len, 0, -1))
 axes[1].set_yticks([])
 figures.show(
     figure,
-    "Left: in the matrix left, the rows of each step fill mem_len columns and begin one column later than those of the "
-    "step before. Right: shifted back by one column a step, the columns are ages, and no cell is empty.",
+    "Left: in the matrix left, the rows of each step fill mem_len columns and begin "
+    "one column later than those of the step before. Right: shifted back by one "
+    "column a step, the columns are ages, and no cell is empty.",
 )
 
 # %% [markdown]
@@ -464,9 +484,8 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights: a row for each step
-    and layer, a column for each slot, from mem_len slots before the block on. right
-    holds the queries, and the errors at the heads. So the errors at keys and values are
-    left.mT @ right.
+    and layer, a column for each slot, from mem_len slots before the block on; right the
+    queries, and the errors at the heads. left.mT @ right: errors at keys and values.
     """
     (_, B, H, K, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
     C, first, N = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
@@ -487,8 +506,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     *shares, share_of_output = alpha.tolist()
     for r in reversed(range(C)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
-        g_kv = near[:, r].view(2, B, H, -1).transpose(0, 1)
-        sums.new[t].view(B, 2, H, -1).copy_(g_kv)
+        sums.new[t] = near[:, r].reshape(2, B, -1).transpose(0, 1).flatten(1)
         stats = (stat[r] for stat in vector_stats)
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
@@ -516,7 +534,9 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
 
 # %%
 rows, width = left.shape
-strided = left.as_strided((C, L, mem_len), (L * width + 1, width, 1)).reshape(-1, mem_len)
+strided = left.as_strided((C, L, mem_len), (L * width + 1, width, 1)).reshape(
+    -1, mem_len
+)
 assert torch.equal(strided, by_age)
 
 # %% tags=["from-module"]
@@ -627,10 +647,29 @@ class Segment(Function):
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
-shapes = [(1, 3, 4), (2, 1, 2, 1, 2), (2,), (3, 2)]  # x, keys and values, alpha, positions
+shapes = [
+    (1, 3, 4),
+    (2, 1, 2, 1, 2),
+    (2,),
+    (3, 2),
+]  # x, keys and values, alpha, positions
 shapes += [(4,), (4,), (8, 4)]  # gain, shift, W_kv
-shapes += [(4,), (4,), (4, 4), (4, 4), (4,), (4,), (5, 4), (5,), (4, 5), (4,)]  # one layer
-arguments = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+shapes += [
+    (4,),
+    (4,),
+    (4, 4),
+    (4, 4),
+    (4,),
+    (4,),
+    (5, 4),
+    (5,),
+    (4, 5),
+    (4,),
+]  # one layer
+arguments = [
+    torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+    for s in shapes
+]
 assert torch.autograd.gradcheck(lambda *a: Segment.apply(*a)[0], arguments)
 
 # %% tags=["from-module"]
@@ -788,7 +827,7 @@ SIZES = dict(vocab_size=65, d_model=64, n_heads=4, n_layers=2, d_ff=256)
 
 
 def seconds(model, T):
-    """Seconds forwards and backwards, the median of five, and the bytes kept between."""
+    """Seconds forwards and backwards, medians of five, and the bytes kept between."""
     tokens, times = torch.randint(65, (16, T)), []
     for _ in range(6):
         model.zero_grad()
@@ -803,29 +842,65 @@ def seconds(model, T):
 
 lengths = [32, 64, 128]
 plain = FeedbackTransformer(**SIZES, mem_len=128)
-models = {"plain": plain, "fast": speed_up(deepcopy(plain)), "vanilla": VanillaTransformer(**SIZES, max_len=128)}
+models = {
+    "plain": plain,
+    "fast": speed_up(deepcopy(plain)),
+    "vanilla": VanillaTransformer(**SIZES, max_len=128),
+}
 costs = {name: [seconds(model, T) for T in lengths] for name, model in models.items()}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 3, figsize=(6.4, 3.0))
-looks = {"plain": ("o", "-", figures.BLUE), "fast": ("o", "--", figures.BLUE), "vanilla": ("D", "-", "black")}
-for k, (ax, unit, title) in enumerate(zip(axes, (1e3, 1e3, 2**-20), ("forward (ms)", "backward (ms)", "kept (MiB)"))):
+looks = {
+    "plain": ("o", "-", figures.BLUE),
+    "fast": ("o", "--", figures.BLUE),
+    "vanilla": ("D", "-", "black"),
+}
+for k, (ax, unit, title) in enumerate(
+    zip(axes, (1e3, 1e3, 2**-20), ("forward (ms)", "backward (ms)", "kept (MiB)"))
+):
     for name, (marker, line, color) in looks.items():
-        ax.plot(lengths, [unit * c[k] for c in costs[name]], marker=marker, linestyle=line, color=color, label=name)
+        ax.plot(
+            lengths,
+            [unit * c[k] for c in costs[name]],
+            marker=marker,
+            linestyle=line,
+            color=color,
+            label=name,
+        )
     ax.set(xscale="log", yscale="log", title=title, xlabel="T (tokens)")
     ax.set_xticks(lengths, labels=lengths)
     ax.minorticks_off()
 axes[0].legend(fontsize=8)
 figures.show(
     figure,
-    "Forwards and backwards, the fast way takes less time than the plain loop at every length, and more than vanilla. "
-    "It keeps a fraction of the plain loop's bytes, near those of vanilla.",
+    "Forwards and backwards, the fast way takes less time than the plain loop at "
+    "every length, and more than vanilla. It keeps a fraction of the plain loop's "
+    "bytes, near those of vanilla.",
 )
-table(
+figures.table(
     "One pass over a segment, 2 layers, d_model 64, batch 16",
-    ["", *(f"{what}, T = {n}" for n in (64, 128) for what in ("forward", "backward", "kept"))],
     [
-        [name, *(text for s, b, k in values[1:] for text in (f"{1e3 * s:.0f} ms", f"{1e3 * b:.0f} ms", f"{k / 2**20:.0f} MiB"))]
+        "",
+        *(
+            f"{what}, T = {n}"
+            for n in (64, 128)
+            for what in ("forward", "backward", "kept")
+        ),
+    ],
+    [
+        [
+            name,
+            *(
+                text
+                for s, b, k in values[1:]
+                for text in (
+                    f"{1e3 * s:.0f} ms",
+                    f"{1e3 * b:.0f} ms",
+                    f"{k / 2**20:.0f} MiB",
+                )
+            ),
+        ]
         for name, values in costs.items()
     ],
 )
@@ -889,7 +964,12 @@ cache = Cache(torch.zeros(2, 1, 1, 3, 4), end=3, taken=[3])  # three slots, all 
 first = cache.with_more(T=1, mem_len=6)  # no room: copied, and given some
 second = first.with_more(T=1, mem_len=6)  # in place
 other = first.with_more(T=1, mem_len=6)  # the slot behind `first` is taken: copied
-for name, c in [("cache", cache), ("first", first), ("second", second), ("other", other)]:
+for name, c in [
+    ("cache", cache),
+    ("first", first),
+    ("second", second),
+    ("other", other),
+]:
     print(f"{name:6} holds {c.end} slots; {c.taken[0]} of {c.kv.size(-2)} are taken")
 assert second.kv.data_ptr() == first.kv.data_ptr() != other.kv.data_ptr()
 
@@ -944,12 +1024,15 @@ def microseconds(model, n, B=16):
     return 1e6 * measure.seconds(one_more, warmup=3, rounds=21)
 
 
-table(
+figures.table(
     "Microseconds for one more token of 16 texts",
     ["", "after 10", "after 1,000"],
     [
         [name, *(f"{microseconds(model, n):,.0f}" for n in (10, 1000))]
-        for name, model in {"Cached": Cached(writer), "CachedInPlace": CachedInPlace(writer)}.items()
+        for name, model in {
+            "Cached": Cached(writer),
+            "CachedInPlace": CachedInPlace(writer),
+        }.items()
     ],
 )
 
@@ -987,11 +1070,15 @@ def check_backwards(mine):
     right = by_autograd(g_m, x, *weights)
     names = ("x", "W_q", "W_k", "W_v", "W_1", "W_2")
     for name, a, b in zip(names, mine(g_m, x, *weights, *forwards(x, *weights)), right):
-        assert torch.allclose(a, b), f"the error at {name} is off by {(a - b).abs().max():.1e}"
+        assert torch.allclose(a, b), (
+            f"the error at {name} is off by {(a - b).abs().max():.1e}"
+        )
     print("right")
 
 
-check_backwards(backwards)  # when you have filled in the lines: check_backwards(my_backwards)
+check_backwards(
+    backwards
+)  # when you have filled in the lines: check_backwards(my_backwards)
 
 # %% [markdown]
 # <details><summary>Solution 1</summary>

@@ -99,3 +99,28 @@ def test_duplicate_is_made_of_its_seed_alone():
 def test_duplicate_needs_two_halves(length):
     with pytest.raises(ValueError, match="even number"):
         next(tasks.duplicate(length=length))
+
+
+def test_card_answers_are_those_of_the_game():
+    pairs = list(itertools.combinations(range(5), 2))
+    tokens, targets, at_start = next(tasks.card(20, 30, seed=1))
+    assert tokens.shape == targets.shape == (20, 36) and at_start is True
+    assert tokens.max() < tasks.CARD_VOCAB
+    for game, answers in zip(tokens.tolist(), targets.tolist()):
+        card = dict(divmod(token, 16) for token in game[:5])
+        ball = game[5] - 91
+        assert sorted(card) == list(range(5)) and answers[:6] == [-100] * 5 + [16 + ball]
+        for token, answer in zip(game[6:], answers[6:]):
+            if token == 90:
+                assert answer == card[ball]
+            else:
+                a, b = pairs[token - 80]
+                ball = {a: b, b: a}.get(ball, ball)
+                assert answer == 16 + ball
+    asked = (tokens[:, 6:] == 90).float().mean().item()
+    assert 0.4 < asked < 0.6
+
+
+def test_card_is_fixed_by_its_seed():
+    first, again, other = (next(tasks.card(4, 6, seed=seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
