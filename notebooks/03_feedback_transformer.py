@@ -57,7 +57,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memtx_minimal import corpora, figures, inputs, measure, tasks, training
+from memtx_minimal import corpora, exercises, figures, inputs, measure, tasks, training
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer, sinusoid
 
@@ -83,39 +83,6 @@ print(f"PyTorch {torch.__version__} on {device}")
 # the price.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-def unrolled_feedback(axes, n_layers, now):
-    """Each step mixes its states into a square on top; each layer reads all squares."""
-    top = n_layers + 1
-    for i in range(now + 1):
-        color = figures.BLUE if i == now else figures.GREY
-        axes.plot([i] * (top + 1), range(top + 1), color=color, linewidth=2.5, zorder=0)
-    for j in range(now):
-        for layer in range(1, top):
-            axes.plot(
-                [j, now],
-                [top, layer],
-                color=figures.ORANGE,
-                linewidth=0.9,
-                alpha=0.55,
-                zorder=1,
-            )
-    for layer in range(top):
-        colors = [figures.BLUE if i == now else figures.GREY for i in range(now + 1)]
-        axes.scatter(range(now + 1), [layer] * (now + 1), s=60, color=colors, zorder=2)
-    axes.scatter(
-        range(now), [top] * now, s=80, marker="s", color=figures.ORANGE, zorder=2
-    )
-    axes.scatter([now], [top], s=80, marker="s", color=figures.BLUE, zorder=2)
-    axes.set_yticks(
-        range(top + 1),
-        labels=["text", *(f"layer {n}" for n in range(1, top)), "memory"],
-    )
-    axes.set(title="Feedback: all layers of all steps before", xticks=[])
-    axes.set(xlim=(-0.7, now + 0.7), ylim=(-0.4, top + 0.4))
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-
-
 figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.2))
 figures.unrolled(
     axes[0],
@@ -135,7 +102,7 @@ figures.unrolled(
     sees=lambda i: range(8),
     title="Transformer-XL: the layer below, and its past",
 )
-unrolled_feedback(axes[2], 3, now=7)
+figures.unrolled_feedback(axes[2], 3, now=7)
 figures.show(
     figure,
     "Only with feedback do lines run from the top of earlier steps down to layer 1 of "
@@ -557,10 +524,7 @@ figure, axes = plt.subplots()
 axes.plot(range(25, STEPS + 1), figures.smooth(losses, 25))
 axes.set(xlabel="training step", ylabel="training loss (nats per character)")
 axes.set_title(f"Feedback, 2 layers; mean of 25 steps ({corpus.name})")
-figures.show(
-    figure,
-    "The training loss of the Feedback Transformer falls steeply at first, then more slowly.",
-)
+figures.show(figure, "The training loss falls steeply at first, then more slowly.")
 
 # %%
 prompt = corpus.valid[:64]
@@ -1392,9 +1356,10 @@ figures.show(
 #
 # 1. *(10 minutes)* How many layers can information pass on its way from a token to the prediction
 # made `n` tokens later? Write `my_clock(n_layers, n, kind)` for `kind` "vanilla" (inside one
-# window) and "feedback", and call `check_clock(my_clock)`.
+# window) and "feedback", and call `exercises.check_clock(my_clock)`.
 # 2. *(10 minutes)* Give the tracker of section 3.4 a memory of one vector (`mem_len=1`), and the same
-# lessons. How well does it do, and what is left of attention? Call `check_tracker(model)`.
+# lessons. How well does it do, and what is left of attention? Call
+# `exercises.check_tracker(model)`.
 # 3. *(15 minutes, of which 2 for the computer)* Is it patience that the impatient model of section 3.9
 # lacks? Give it 1,000 steps of games of 32 swaps, and plot its right answers beside the others.
 # 4. *(20 minutes)* Give `layer_weights` a learning rate a hundred times as high as the rest, in a loop
@@ -1402,77 +1367,11 @@ figures.show(
 # layers? Try three seeds before you answer.
 # 5. *(40 minutes)* There is a dial between "one token a step" and "all tokens side by side": a step that
 # takes a block of `C` tokens. They all see the memory before the block, and do not see each other.
-# Write `blocks(model, x, kv, C)`, which returns what `loop` returns, and call `check_blocks(blocks)`.
+# Write `blocks(model, x, kv, C)`, which returns what `loop` returns, and call
+# `exercises.check_blocks(blocks, tiny)`.
 # How much faster is `C = 4`, and what becomes of the ball?
 # 6. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and
 # what would two passes give?
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def longest_path(n_layers, n, kind):
-    """The most layers on a path from token 0 to the output n tokens later."""
-    longest = {(0, 0): 0}  # (position, layer): the most layers passed since token 0
-    for t in range(n + 1):
-        for layer in range(1, n_layers + 1):
-            before = [longest.get((i, layer - 1)) for i in range(t + 1)]
-            if kind == "feedback":
-                before = [
-                    longest.get((i, l)) for i in range(t) for l in range(n_layers + 1)
-                ]
-                before.append(longest.get((t, layer - 1)))
-            if any(b is not None for b in before):
-                longest[t, layer] = 1 + max(b for b in before if b is not None)
-    return longest[n, n_layers]
-
-
-def check_clock(my_clock):
-    """Exercise 1."""
-    for case in [
-        (4, 0, "vanilla"),
-        (4, 1, "vanilla"),
-        (4, 9, "vanilla"),
-        (1, 0, "feedback"),
-        (3, 7, "feedback"),
-    ]:
-        mine, right = my_clock(*case), longest_path(*case)
-        assert mine == right, (
-            f"my_clock{case} is {mine}; the longest path has {right} layers"
-        )
-    print("right")
-
-
-def check_tracker(model):
-    """Exercise 2."""
-    assert model.mem_len == 1, f"mem_len is {model.mem_len}, not 1"
-    share = sum(exam(model)) / 32
-    assert share > 0.9, (
-        f"{share:.2f} right answers; after all LESSONS it should be above 0.9"
-    )
-    print(f"right: {share:.2f}")
-
-
-def check_blocks(blocks):
-    """Exercise 5."""
-    x, vectors = torch.randn(2, 10, 16).double(), torch.randn(2, 3, 16).double()
-    kv = tiny.memory.keys_values(vectors)
-    for name, mine, right in zip(
-        ("outputs", "vectors", "kv"), blocks(tiny, x, kv, 1), tiny.loop(x, kv)
-    ):
-        assert mine.shape == right.shape, (
-            f"{name}: shape {tuple(mine.shape)}, not {tuple(right.shape)}"
-        )
-        assert torch.allclose(mine, right), f"{name}: with C = 1 not those of loop"
-    changed = x.clone()
-    changed[:, 4] += 1
-    same = (
-        torch.isclose(blocks(tiny, x, kv, 4)[0], blocks(tiny, changed, kv, 4)[0])
-        .all(-1)
-        .all(0)
-    )
-    right = [t != 4 and t < 8 for t in range(10)]
-    assert same.tolist() == right, (
-        f"a change of token 4 leaves alone {same.tolist()}, not {right}"
-    )
-    print("right")
 
 # %% [markdown]
 # <details><summary>Solution 1</summary>
@@ -1492,7 +1391,7 @@ def check_blocks(blocks):
 # ```python
 # torch.manual_seed(SEED)
 # model = learn(FeedbackTransformer(**GAMES, n_layers=1, mem_len=1).to(device), LESSONS)
-# check_tracker(model)
+# exercises.check_tracker(model)
 # ```
 #
 # The softmax over one score is 1, whatever the score. Attention hands on the one vector through two

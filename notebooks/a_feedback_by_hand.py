@@ -100,7 +100,7 @@ assert torch.allclose(y * (g - y @ g), by_autograd)
 
 # %%
 def forwards(x, W_q, W_k, W_v, W_1, W_2):
-    """x (T, d) -> all that the steps leave: m (T, d), q, k, v, z, h, and the weights w."""
+    """x (T, d) -> what the steps leave: m (T, d), q, k, v, z, h, and the weights w."""
     q, k, v, z, m = torch.zeros(5, *x.shape, dtype=x.dtype)
     h, w = x.new_zeros(len(x), len(W_1)), [None] * len(x)
     for t in range(len(x)):
