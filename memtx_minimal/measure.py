@@ -158,7 +158,7 @@ def record_attention(model):
     weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
 
     A model that reads in pieces or in steps gives them piece by piece, step by step. A Reformer that
-    hashes never has them whole: ask reformer.look. A FeedbackTransformer shows them with by_hand=False.
+    hashes never has them whole: ask reformer.look. A FeedbackTransformer that was sped up has none to show.
     Record in eval mode: in training, the looks of a CompressiveTransformer's own loss stand among them.
     """
     weights, modes = [], []

@@ -65,6 +65,12 @@ SEED = 0
 started = time.perf_counter()
 device = training.best_device()
 figures.use_style()
+LOOK = {  # of each model, in all figures
+    "Feedback": dict(marker="o", color=figures.BLUE),
+    "Transformer-XL": dict(marker="s", color=figures.ORANGE),
+    "Elman network": dict(marker="x", color=figures.GREEN),
+    "vanilla": dict(marker="D", color="black"),
+}
 print(f"PyTorch {torch.__version__} on {device}")
 
 # %% [markdown]
@@ -84,24 +90,12 @@ print(f"PyTorch {torch.__version__} on {device}")
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.2))
-figures.unrolled(
-    axes[0],
-    3,
-    8,
-    now=[7],
-    cached=range(4, 7),
-    sees=lambda i: range(4, 8),
-    title="Vanilla: the layer below, in the window",
-)
-figures.unrolled(
-    axes[1],
-    3,
-    8,
-    now=[7],
-    cached=range(7),
-    sees=lambda i: range(8),
-    title="Transformer-XL: the layer below, and its past",
-)
+vanilla = "Vanilla: the layer below, in the window"
+window = dict(cached=range(4, 7), sees=lambda i: range(4, 8), title=vanilla)
+figures.unrolled(axes[0], 3, 8, now=[7], **window)
+xl = "Transformer-XL: the layer below, and its past"
+past = dict(cached=range(7), sees=lambda i: range(8), title=xl)
+figures.unrolled(axes[1], 3, 8, now=[7], **past)
 figures.unrolled_feedback(axes[2], 3, now=7)
 figures.show(
     figure,
@@ -578,12 +572,8 @@ tracking, by_swap = trackers(SEED)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-shown = by_swap | {"vanilla, 8 layers": by_depth["vanilla, 8"]}
-looks = ("o", figures.BLUE, 5), ("x", figures.GREEN, 4), ("D", "black", 4)
-for (name, shares), (marker, color, size) in zip(shown.items(), looks):
-    axes.plot(
-        range(1, 33), shares, marker=marker, color=color, markersize=size, label=name
-    )
+for name, shares in (by_swap | {"vanilla, 8 layers": by_depth["vanilla, 8"]}).items():
+    axes.plot(range(1, 33), shares, label=name, **LOOK[name.split(",")[0]])
 swaps_axes(axes, "What is recurrent keeps the ball (cups)")
 figures.show(
     figure,
@@ -817,15 +807,18 @@ loss = {key: valid_loss(model) for key, (model, *_) in trained.items()}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-looks = {
-    "Feedback": ("o", "-", figures.BLUE),
-    "Feedback, per layer": ("P", "", figures.GREEN),
-    "Transformer-XL": ("s", "-", figures.ORANGE),
-    "Transformer-XL, 4 x steps": ("s", "--", figures.ORANGE),
-}
-for name, (marker, line, color) in looks.items():
+lines = {"Transformer-XL, 4 x steps": "--", "Feedback, per layer": ":"}
+for name in (
+    "Feedback",
+    "Feedback, per layer",
+    "Transformer-XL",
+    "Transformer-XL, 4 x steps",
+):
     points = [(n, loss[f"{name}, {n}"]) for n in (1, 2, 4) if f"{name}, {n}" in loss]
-    axes.plot(*zip(*points), marker=marker, linestyle=line, color=color, label=name)
+    look = dict(linestyle=lines.get(name, "-"), **LOOK[name.split(",")[0]])
+    if name == "Feedback, per layer":
+        look |= dict(marker="P", markersize=9, linestyle="", zorder=1)
+    axes.plot(*zip(*points), label=name, **look)
 axes.set(
     xlabel="layers", ylabel="validation loss (nats per character)", xticks=[1, 2, 4]
 )
@@ -991,22 +984,16 @@ priced = {
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
 labels = ("forward and backward (ms)", 1e3), ("kept for backward (MiB)", 2**-20)
-for ax, k, (ylabel, unit) in zip(axes, (0, 1), labels):
-    for (name, values), marker, color in zip(
-        priced.items(), "oD", (figures.BLUE, "black")
-    ):
+for k, (ax, (label, unit)) in enumerate(zip(axes, labels)):
+    for name, values in priced.items():
         ax.plot(
-            lengths,
-            [unit * value[k] for value in values],
-            marker=marker,
-            color=color,
-            label=name,
+            lengths, [unit * value[k] for value in values], label=name, **LOOK[name]
         )
     ax.set(
         xscale="log",
         yscale="log",
         xlabel="length of the segment (tokens)",
-        ylabel=ylabel,
+        ylabel=label,
     )
     ax.set_xticks(lengths, labels=lengths)
     ax.minorticks_off()
@@ -1021,14 +1008,8 @@ figures.table(
     "One forward and backward pass, 2 layers, batch 16",
     ["model", *(f"T = {n}" for n in lengths)],
     [
-        *(
-            [name, *(f"{1e3 * s:.0f} ms" for s, _ in values)]
-            for name, values in priced.items()
-        ),
-        *(
-            [name, *(f"{b / 2**20:.0f} MiB" for _, b in values)]
-            for name, values in priced.items()
-        ),
+        [name, *(f"{1e3 * s:.0f} ms, {b / 2**20:.0f} MiB" for s, b in values)]
+        for name, values in priced.items()
     ],
 )
 
@@ -1213,21 +1194,10 @@ took = {n: per_token(n) for n in read_before}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-looks = {
-    "vanilla, reading all again": ("D", ":", "black"),
-    "Feedback, vectors": ("o", "--", figures.BLUE),
-    "Feedback, cache": ("o", "-", figures.BLUE),
-    "vanilla, cache": ("D", "-", "black"),
-}
-for name, (marker, line, color) in looks.items():
-    axes.plot(
-        read_before,
-        [took[n][name] for n in read_before],
-        marker=marker,
-        linestyle=line,
-        color=color,
-        label=name,
-    )
+lines = {"Feedback, vectors": "--", "vanilla, reading all again": ":"}
+for name in took[32]:
+    look = dict(linestyle=lines.get(name, "-"), **LOOK[name.split(",")[0]])
+    axes.plot(read_before, [took[n][name] for n in read_before], label=name, **look)
 axes.set(
     xscale="log",
     yscale="log",
@@ -1247,7 +1217,7 @@ figures.show(
 figures.table(
     "Milliseconds for one more token",
     ["", *(f"after {n:,}" for n in read_before)],
-    [[name, *(f"{took[n][name]:.2f}" for n in read_before)] for name in looks],
+    [[name, *(f"{took[n][name]:.2f}" for n in read_before)] for name in took[32]],
 )
 assert took[2048]["vanilla, reading all again"] > 10 * took[2048]["Feedback, cache"]
 
@@ -1291,21 +1261,11 @@ assert all(
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-looks = {
-    "vanilla": ("D", "black", 9),
-    "Feedback, per layer": ("P", figures.GREEN, 5),
-    "Feedback, shared": ("o", figures.BLUE, 5),
-    "Feedback, vectors": ("v", figures.ORANGE, 5),
-}
-for name, (marker, color, size) in looks.items():
-    axes.plot(
-        list(held),
-        [h[name] for h in held.values()],
-        marker=marker,
-        color=color,
-        markersize=size,
-        label=name,
-    )
+markers = {"Feedback, per layer": "P", "Feedback, vectors": "v"}
+for name in held[1]:
+    look = LOOK[name.split(",")[0]] | dict(markersize=9 if name == "vanilla" else 5)
+    look |= dict(marker=markers[name]) if name in markers else {}
+    axes.plot(list(held), [h[name] for h in held.values()], label=name, **look)
 axes.set(
     xlabel="layers",
     ylabel="bytes per token of the past",
@@ -1385,7 +1345,6 @@ figures.show(
 # layers are passed again at each token.
 #
 # </details>
-#
 # <details><summary>Solution 2</summary>
 #
 # ```python
@@ -1398,7 +1357,6 @@ figures.show(
 # matrices, and the model is a recurrent network with a feed-forward inside.
 #
 # </details>
-#
 # <details><summary>Solution 3</summary>
 #
 # ```python
@@ -1411,23 +1369,19 @@ figures.show(
 # can do it.
 #
 # </details>
-#
 # <details><summary>Solution 4</summary>
 #
 # ```python
-# torch.manual_seed(SEED)
 # model = FeedbackTransformer(**GAMES, n_layers=2, mem_len=32).to(device)
 # mixture = [model.memory.layer_weights]
 # rest = [p for p in model.parameters() if p is not mixture[0]]
-# optimizer = torch.optim.AdamW([{"params": rest, "lr": 3e-3}, {"params": mixture, "lr": 0.3}])
+# groups = [{"params": rest, "lr": 3e-3}, {"params": mixture, "lr": 0.3}]
+# optimizer = torch.optim.AdamW(groups)
 # for length, steps, _ in LESSONS[:3]:
-#     for _, (tokens, targets, _) in zip(range(steps), tasks.cups(128, length, seed=length)):
-#         logits, _ = model(tokens.to(device))
+#     for _, (tokens, targets, _) in zip(range(steps), tasks.cups(128, length)):
 #         optimizer.zero_grad()
-#         F.cross_entropy(logits.mT, targets.to(device)).backward()
-#         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+#         F.cross_entropy(model(tokens.to(device))[0].mT, targets.to(device)).backward()
 #         optimizer.step()
-# print(model.memory.layer_weights.softmax(dim=0), sum(exam(model, 8)) / 8)
 # ```
 #
 # It depends on the seed. The weights now leave the even mixture, in different directions, and with
@@ -1435,7 +1389,6 @@ figures.show(
 # way back.
 #
 # </details>
-#
 # <details><summary>Solution 5</summary>
 #
 # ```python
@@ -1456,7 +1409,6 @@ figures.show(
 # ordinary causal attention inside the block.
 #
 # </details>
-#
 # <details><summary>Solution 6</summary>
 #
 # $m_t$ is made of the outputs of all layers, and the first layer would have to read it before it has
