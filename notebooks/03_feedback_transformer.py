@@ -1327,14 +1327,8 @@ figures.show(
 # </details>
 # <details><summary>Solution 3</summary>
 #
-# ```python
-# torch.manual_seed(SEED)
-# patient = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
-# patient = exam(learn(patient, [(32, 1000, 3e-3)]))
-# ```
-#
-# It gets much farther than with 160 steps. Lessons save time; they are not the reason why the model
-# can do it.
+# `learn(model, [(32, 1000, 3e-3)])` gets much farther than 160 steps do. Lessons save time; they are
+# not the reason why the model can do it.
 #
 # </details>
 # <details><summary>Solution 4</summary>
@@ -1373,10 +1367,9 @@ figures.show(
 # </details>
 # <details><summary>Solution 6</summary>
 #
-# $m_t$ is made of the outputs of all layers, and the first layer would have to read it before it has
-# any output. In two passes, the second could read the $m_t$ of the first; but its own states then make
-# another $m_t$. One would have a model of twice the depth and the cost, and feedback within a token,
-# as in looped transformers.
+# $m_t$ is made of the outputs of all layers; the first layer would read it before there are any. A
+# second pass could read the $m_t$ of the first, and would make another one: twice the depth, at twice
+# the cost, as in looped transformers.
 #
 # </details>
 #
@@ -1396,12 +1389,8 @@ figures.show(
 # Attention](https://arxiv.org/abs/2405.12981).
 # - Y. Sun et al. (NeurIPS 2024): [You Only Cache Once: Decoder-Decoder Architectures for Language
 # Models](https://arxiv.org/abs/2405.05254).
-# - P. Shaw, J. Uszkoreit, A. Vaswani (NAACL 2018): [Self-Attention with Relative Position
-# Representations](https://arxiv.org/abs/1803.02155).
 # - Z. Dai et al. (ACL 2019): [Transformer-XL: Attentive Language Models Beyond a Fixed-Length
 # Context](https://arxiv.org/abs/1901.02860).
-# - A. Vaswani et al. (NeurIPS 2017): [Attention Is All You
-# Need](https://arxiv.org/abs/1706.03762).
 
 # %%
 minutes = (time.perf_counter() - started) / 60
