@@ -349,15 +349,14 @@ def tree(module):
 def traits(module):
     """All that decides what a call of a module does, but the numbers in its weights."""
     own = module.__dict__
-    dropout = module.training and own.get("p", 0) > 0
     weights = [*map(type, own["_parameters"].values())]
-    forward = [*own["_forward_pre_hooks"], *own["_forward_hooks"]]
-    backward = [*own["_backward_pre_hooks"], *own["_backward_hooks"]]
-    eps = own.get("eps")
-    return type(module), own.keys(), weights, forward, backward, eps, dropout
+    hooks = len(own["_forward_pre_hooks"]) + len(own["_forward_hooks"])
+    hooks += len(own["_backward_pre_hooks"]) + len(own["_backward_hooks"])
+    dropout = "p" in own and own["training"] and own["p"] > 0
+    return type(module), own.keys(), weights, hooks, own.get("eps"), dropout
 
 
-TRAITS = "kind", "attributes", "weights", "hooks", "hooks", "eps", "dropout at work"
+TRAITS = "kind", "attributes", "weights", "hooks", "eps", "dropout at work"
 PLAIN = {  # the traits of fresh ones; their sizes do not matter
     Layer: [traits(part) for part in tree(Layer(1, 1, 1, dropout=0.0))],
     Memory: [traits(part) for part in tree(Memory(1, 1, 1, 1, shared_kv=True))],
