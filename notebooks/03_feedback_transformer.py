@@ -525,10 +525,8 @@ def trackers(seed):
         "Feedback, 1 layer": FeedbackTransformer(**GAMES, n_layers=1, mem_len=32),
         "Elman network": Recurrent(GAMES["vocab_size"], GAMES["d_model"]),
     }
-    models = {
-        name: learn(model.to(device), LESSONS, seed=seed)
-        for name, model in models.items()
-    }
+    for model in models.values():
+        learn(model.to(device), LESSONS, seed=seed)
     return models, {name: exam(model) for name, model in models.items()}
 
 
@@ -775,22 +773,15 @@ loss = {key: valid_loss(model) for key, (model, *_) in trained.items()}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-lines = {"Transformer-XL, 4 x steps": "--", "Feedback, per layer": ":"}
-for name in (
-    "Feedback",
-    "Feedback, per layer",
-    "Transformer-XL",
-    "Transformer-XL, 4 x steps",
-):
+lines = {"Feedback": "-", "Feedback, per layer": ""}
+lines |= {"Transformer-XL": "-", "Transformer-XL, 4 x steps": "--"}
+for name, line in lines.items():
     points = [(n, loss[f"{name}, {n}"]) for n in (1, 2, 4) if f"{name}, {n}" in loss]
-    look = dict(linestyle=lines.get(name, "-"), **LOOK[name.split(",")[0]])
-    if name == "Feedback, per layer":
-        look |= dict(marker="P", markersize=9, linestyle="", zorder=1)
+    look = LOOK[name.split(",")[0]] | dict(linestyle=line)
+    look |= {} if line else dict(marker="P", markersize=9)
     axes.plot(*zip(*points), label=name, **look)
-axes.set(
-    xlabel="layers", ylabel="validation loss (nats per character)", xticks=[1, 2, 4]
-)
-axes.set_title(f"Equal depth ({corpus.name})")
+axes.set(xlabel="layers", ylabel="validation loss (nats per character)")
+axes.set(title=f"Equal depth ({corpus.name})", xticks=[1, 2, 4])
 axes.legend()
 figures.show(
     figure,
@@ -809,9 +800,8 @@ figures.table(
 
 # %%
 assert loss["Feedback, 4"] < loss["Feedback, 1"]  # depth helps
-assert (
-    abs(loss["Feedback, 4"] - loss["Transformer-XL, 4"]) < 0.15
-)  # little between them
+gap = loss["Feedback, 4"] - loss["Transformer-XL, 4"]
+assert abs(gap) < 0.15  # there is little between them
 assert loss["Transformer-XL, 4 x steps, 4"] < loss["Feedback, 4"]
 
 # %% [markdown]
@@ -826,9 +816,7 @@ assert loss["Transformer-XL, 4 x steps, 4"] < loss["Feedback, 4"]
 # %%
 model = trained["Feedback, 4"][0]
 weights = model.memory.layer_weights.detach().softmax(dim=0).tolist()
-print(
-    "share of embedding, layers 1 to 4:", [round(w, 3) for w in weights], "   even: 0.2"
-)
+print("embedding and layers 1 to 4, even is 0.2:", [round(w, 3) for w in weights])
 
 # %% [markdown]
 # ### Where it looks
@@ -842,23 +830,18 @@ print(
 def attention_by_age(model, n_segments=4):
     """Mean attention of each layer at each age 1 ... mem_len, (L, mem_len)."""
     L, M, memory, total = len(model.layers), model.mem_len, None, 0
-    for n, (tokens, _) in zip(
-        range(1 + n_segments), corpora.lanes(corpus.valid.to(device), 32, M)
-    ):
+    segments = corpora.lanes(corpus.valid.to(device), 32, M)
+    for n, (tokens, _) in zip(range(1 + n_segments), segments):
         with measure.record_attention(model) as weights:  # T * L tensors (B, H, 1, M)
             _, memory = model(tokens, memory)
         if n > 0:  # memory is full from here on
-            steps = torch.stack([w.mean(dim=(0, 1, 2)) for w in weights]).unflatten(
-                0, (-1, L)
-            )
-            total = total + steps.mean(dim=0) / n_segments
+            steps = torch.stack([w.mean(dim=(0, 1, 2)) for w in weights])  # (T * L, M)
+            total = total + steps.unflatten(0, (-1, L)).mean(dim=0) / n_segments
     return total.flip(-1).cpu()  # the oldest key comes first, so turn it round
 
 
 by_age = attention_by_age(model)
-assert torch.allclose(
-    by_age.sum(dim=-1), torch.ones(4), atol=1e-4
-)  # all is accounted for
+assert torch.allclose(by_age.sum(dim=-1), torch.ones(4), atol=1e-4)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 edges = [1, 2, 3, 5, 9, 17, 33]
@@ -868,19 +851,12 @@ mass = {
 }
 figure, axes = plt.subplots()
 for n, (a, b) in enumerate(zip(edges, edges[1:])):
-    axes.plot(
-        [n - 0.45, n + 0.45],
-        [(b - a) / T] * 2,
-        "k:",
-        label="even share" if n == 0 else None,
-    )
-figures.buckets(
-    axes,
-    edges,
-    mass,
-    xlabel="age of the memory vector (characters)",
-    ylabel="share of attention",
+    label = "even share" if n == 0 else None
+    axes.plot([n - 0.45, n + 0.45], [(b - a) / T] * 2, "k:", label=label)
+labels = dict(
+    xlabel="age of the memory vector (characters)", ylabel="share of attention"
 )
+figures.buckets(axes, edges, mass, **labels)
 axes.set_title(f"Attention by age ({corpus.name})")
 figures.show(
     figure,
@@ -891,10 +867,7 @@ figures.show(
 figures.table(
     "Attention as a multiple of an even share",
     ["age", *mass],
-    [
-        [a, *(f"{T * row[a - 1]:.1f}" for row in by_age)]
-        for a in (1, 2, 3, 4, 8, 16, 32)
-    ],
+    [[a, *(f"{T * row[a - 1]:.1f}" for row in by_age)] for a in (1, 2, 3, 4, 8, 32)],
 )
 assert by_age[:, 0].mean() > 2 / T and by_age[:, 16:].mean() < 1 / T
 
@@ -911,9 +884,7 @@ needs = {}
 for n in (1, 2, 4, 8, 16, 32):
     model.mem_len = n
     needs[n] = valid_loss(model)
-print(
-    "nats per character by mem_len:", {n: round(value, 3) for n, value in needs.items()}
-)
+print("nats per character by mem_len:", {n: round(x, 3) for n, x in needs.items()})
 assert needs[32] < needs[4] < needs[1]
 
 # %% [markdown]
@@ -940,23 +911,18 @@ def costs(model, T):
 
 
 lengths = [16, 32, 64, 128]
-priced = {
-    "Feedback": [
-        costs(FeedbackTransformer(**COSTS, mem_len=128).to(device), T) for T in lengths
-    ],
-    "vanilla": [
-        costs(VanillaTransformer(**COSTS, max_len=128).to(device), T) for T in lengths
-    ],
-}
+slow = FeedbackTransformer(**COSTS, mem_len=128).to(device)
+parallel = VanillaTransformer(**COSTS, max_len=128).to(device)
+both = {"Feedback": slow, "vanilla": parallel}
+priced = {name: [costs(model, n) for n in lengths] for name, model in both.items()}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
 labels = ("forward and backward (ms)", 1e3), ("kept for backward (MiB)", 2**-20)
 for k, (ax, (label, unit)) in enumerate(zip(axes, labels)):
     for name, values in priced.items():
-        ax.plot(
-            lengths, [unit * value[k] for value in values], label=name, **LOOK[name]
-        )
+        costs_k = [unit * value[k] for value in values]
+        ax.plot(lengths, costs_k, label=name, **LOOK[name])
     ax.set(
         xscale="log",
         yscale="log",
