@@ -1050,8 +1050,8 @@ assert torch.equal(one, again)  # going on twice from one memory is safe
 # ### Seconds per token
 #
 # How long does one more token take, after $n$ others? Four ways: Feedback from its vectors; Feedback
-# from its cache; a vanilla transformer of the same size with a cache of its own; and reading the
-# whole prefix again, as in some public versions of Feedback, which return no memory. Vanilla's cache
+# from its cache; a vanilla transformer of the same size with a cache of its own; and one that reads all
+# $n$ tokens again, as some public versions of Feedback do, which return no memory. Vanilla's cache
 # is quickly written (here without any limit on its length):
 
 # %%
@@ -1107,20 +1107,14 @@ def per_token(n):
     writer = FeedbackTransformer(**BIG | dict(mem_len=2100)).to(device).eval()
     other = {name: size for name, size in BIG.items() if name != "mem_len"}
     parallel = VanillaTransformer(**other, max_len=2100).to(device).eval()
-    filled = [
-        torch.randn(2, 1, 4, n, 32, device=device)
-    ] * 4  # as n tokens would leave it
+    vectors = torch.randn(1, n, 128, device=device)  # memories of n tokens, made up
+    kv = torch.randn(1, n, 1, 2, 4, 32, device=device)
+    layers = [torch.randn(2, 1, 4, n, 32, device=device)] * 4
     return {
-        "Feedback, vectors": milliseconds(
-            writer, torch.randn(1, n, 128, device=device)
-        ),
-        "Feedback, cache": milliseconds(
-            Cached(writer), torch.randn(1, n, 1, 2, 4, 32, device=device)
-        ),
-        "vanilla, cache": milliseconds(partial(vanilla_step, parallel), filled),
-        "vanilla, reading all again": milliseconds(
-            lambda token, _: parallel(text), None
-        ),
+        "Feedback, vectors": milliseconds(writer, vectors),
+        "Feedback, cache": milliseconds(Cached(writer), kv),
+        "vanilla, cache": milliseconds(partial(vanilla_step, parallel), layers),
+        "vanilla, reading all again": milliseconds(lambda *_: parallel(text), None),
     }
 
 
@@ -1132,13 +1126,8 @@ lines = {"Feedback, vectors": "--", "vanilla, reading all again": ":"}
 for name in took[32]:
     look = dict(linestyle=lines.get(name, "-"), **LOOK[name.split(",")[0]])
     axes.plot(read_before, [took[n][name] for n in read_before], label=name, **look)
-axes.set(
-    xscale="log",
-    yscale="log",
-    xlabel="tokens before",
-    ylabel="time for one more token (ms)",
-)
-axes.set_title("Generating (4 layers, unlimited memory)")
+axes.set(xscale="log", yscale="log", title="Generating (4 layers, unlimited memory)")
+axes.set(xlabel="tokens before", ylabel="time for one more token (ms)")
 axes.set_xticks(read_before, labels=read_before)
 axes.minorticks_off()
 axes.legend()
@@ -1157,8 +1146,8 @@ assert took[2048]["vanilla, reading all again"] > 10 * took[2048]["Feedback, cac
 
 # %% [markdown]
 # What is slow about Feedback is training. One token after the other is how *every* model generates,
-# and there a Feedback Transformer is no slower than a parallel one. (Appendix A has a cache that
-# is not even copied.)
+# and there it does not fall behind: compare the two lines with a cache. (Appendix A has one that is
+# not even copied.)
 #
 # ### Bytes per token
 #
@@ -1174,24 +1163,20 @@ def bytes_per_token(n_layers, n=32):
     text = corpus.valid[None, :n].to(device)
     shared = FeedbackTransformer(**SIZES, n_layers=n_layers).to(device)
     each = FeedbackTransformer(**SIZES, n_layers=n_layers, shared_kv=False).to(device)
-    parallel = [
-        torch.zeros(2, 1, 4, n, 16)
-    ] * n_layers  # the form of vanilla_step's cache
+    parallel = [torch.zeros(2, 1, 4, n, 16)] * n_layers  # as vanilla_step keeps them
     kinds = {"vanilla": parallel, "Feedback, per layer": Cached(each)(text)[1]}
     kinds |= {
         "Feedback, shared": Cached(shared)(text)[1],
         "Feedback, vectors": shared(text)[1],
     }
     return {
-        name: sum(4 * m.numel() for m in memory) / n for name, memory in kinds.items()
+        kind: sum(4 * m.numel() for m in memory) / n for kind, memory in kinds.items()
     }
 
 
 held = {n: bytes_per_token(n) for n in (1, 2, 4, 8)}
-assert all(
-    h["Feedback, shared"] == 4 * 2 * 64 and h["vanilla"] == 4 * 2 * 64 * n
-    for n, h in held.items()
-)
+assert all(h["Feedback, shared"] == 4 * 2 * 64 for h in held.values())
+assert all(h["vanilla"] == 4 * 2 * 64 * n for n, h in held.items())
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
