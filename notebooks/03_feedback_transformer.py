@@ -839,7 +839,7 @@ def attention_by_age(model, n_segments=4):
             total = total + steps.unflatten(0, (-1, L)).mean(dim=0) / n_segments
     return total.flip(-1).cpu()  # the oldest key comes first, so turn it round
 
-
+# %%
 by_age = attention_by_age(model)
 assert torch.allclose(by_age.sum(dim=-1), torch.ones(4), atol=1e-4)
 
@@ -909,7 +909,7 @@ def costs(model, T):
     seconds = measure.seconds(forward_backward, warmup=1, rounds=3, device=device)
     return seconds, measure.bytes_for_backward(model, lambda: model(tokens)[0])
 
-
+# %%
 lengths = [16, 32, 64, 128]
 slow = FeedbackTransformer(**COSTS, mem_len=128).to(device)
 parallel = VanillaTransformer(**COSTS, max_len=128).to(device)
@@ -1074,7 +1074,7 @@ def vanilla_step(model, token, cache):
         x = x + layer.feed_forward(layer.norm_feed_forward(x))
     return model.head(model.norm(x)), grown
 
-
+# %%
 small_sizes = {name: size for name, size in SIZES.items() if name != "mem_len"}
 vanilla = VanillaTransformer(**small_sizes, n_layers=2, max_len=64).to(device).eval()
 cache, parts = [torch.zeros(2, 1, 4, 0, 16, device=device)] * 2, []
@@ -1117,7 +1117,7 @@ def per_token(n):
         "vanilla, reading all again": milliseconds(lambda *_: parallel(text), None),
     }
 
-
+# %%
 took = {n: per_token(n) for n in read_before}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1173,7 +1173,7 @@ def bytes_per_token(n_layers, n=32):
         kind: sum(4 * m.numel() for m in memory) / n for kind, memory in kinds.items()
     }
 
-
+# %%
 held = {n: bytes_per_token(n) for n in (1, 2, 4, 8)}
 assert all(h["Feedback, shared"] == 4 * 2 * 64 for h in held.values())
 assert all(h["vanilla"] == 4 * 2 * 64 * n for n, h in held.items())

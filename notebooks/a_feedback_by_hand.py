@@ -838,35 +838,22 @@ def seconds(model, T):
     kept = measure.bytes_for_backward(model, lambda: model(tokens)[0])
     return *torch.tensor(times[1:]).median(dim=0).values.tolist(), kept
 
-
+# %%
 lengths = [32, 64, 128]
 plain = FeedbackTransformer(**SIZES, mem_len=128)
-models = {
-    "plain": plain,
-    "fast": speed_up(deepcopy(plain)),
-    "vanilla": VanillaTransformer(**SIZES, max_len=128),
-}
+models = {"plain": plain, "fast": speed_up(deepcopy(plain))}
+models["vanilla"] = VanillaTransformer(**SIZES, max_len=128)
 costs = {name: [seconds(model, T) for T in lengths] for name, model in models.items()}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 3, figsize=(6.4, 3.0))
-looks = {
-    "plain": ("o", "-", figures.BLUE),
-    "fast": ("o", "--", figures.BLUE),
-    "vanilla": ("D", "-", "black"),
-}
-for k, (ax, unit, title) in enumerate(
-    zip(axes, (1e3, 1e3, 2**-20), ("forward (ms)", "backward (ms)", "kept (MiB)"))
-):
-    for name, (marker, line, color) in looks.items():
-        ax.plot(
-            lengths,
-            [unit * c[k] for c in costs[name]],
-            marker=marker,
-            linestyle=line,
-            color=color,
-            label=name,
-        )
+looks = {"plain": "o-", "fast": "o--", "vanilla": "D-"}
+titles, units = ("forward (ms)", "backward (ms)", "kept (MiB)"), (1e3, 1e3, 2**-20)
+for k, (ax, unit, title) in enumerate(zip(axes, units, titles)):
+    for name, look in looks.items():
+        values = [unit * cost[k] for cost in costs[name]]
+        color = "black" if name == "vanilla" else figures.BLUE
+        ax.plot(lengths, values, look, color=color, label=name)
     ax.set(xscale="log", yscale="log", title=title, xlabel="T (tokens)")
     ax.set_xticks(lengths, labels=lengths)
     ax.minorticks_off()
@@ -879,28 +866,16 @@ figures.show(
 )
 figures.table(
     "One pass over a segment, 2 layers, d_model 64, batch 16",
-    [
-        "",
-        *(
-            f"{what}, T = {n}"
-            for n in (64, 128)
-            for what in ("forward", "backward", "kept")
-        ),
-    ],
+    ["forward, backward, kept", *(f"T = {n}" for n in lengths)],
     [
         [
             name,
             *(
-                text
-                for s, b, k in values[1:]
-                for text in (
-                    f"{1e3 * s:.0f} ms",
-                    f"{1e3 * b:.0f} ms",
-                    f"{k / 2**20:.0f} MiB",
-                )
+                f"{1e3 * f:.0f} ms, {1e3 * b:.0f} ms, {k / 2**20:.0f} MiB"
+                for f, b, k in cost
             ),
         ]
-        for name, values in costs.items()
+        for name, cost in costs.items()
     ],
 )
 
