@@ -28,7 +28,7 @@
 # - say which of its products must wait for later steps and which can be put off and joined;
 # - install a hand-written pass in a model so that it never computes something else in silence.
 #
-# **You need** chapter 3. **Time and memory:** 2 minutes and 1 GiB on two CPU cores.
+# **You need** chapter 3. **Time and memory:** 2 minutes and 2 GiB on two CPU cores.
 
 # %% tags=["colab-install"]
 import subprocess
