@@ -116,6 +116,49 @@ def check_tokens(tokens, vocab_size, max_len=None):
         raise ValueError(f"token {worst}: this vocabulary has 0 ... {vocab_size - 1}")
 
 
+def check_vectors(**vectors):
+    """Refuse all but vectors (B, H, T, d) of floating point, B, H and T the same in all."""
+    first, name = next(iter(vectors.values())), next(iter(vectors))
+    for other, x in vectors.items():
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise ValueError(f"{other}: {kind}; pass a tensor of floating point")
+        if x.dim() != 4 or 0 in x.shape:
+            shape = tuple(x.shape)
+            raise ValueError(f"{other} of shape {shape}; pass (B, H, T, d), none of them 0")
+        if x.shape[:3] != first.shape[:3]:
+            shapes = f"{other} {tuple(x.shape[:3])}, {name} {tuple(first.shape[:3])}"
+            raise ValueError(f"(B, H, T) differ: {shapes}")
+
+
+def check_hash(x, n_buckets, n_rounds):
+    """Refuse what cannot be hashed, and buckets that are not pairs of opposites."""
+    check_vectors(x=x)
+    whole = isinstance(n_buckets, Integral) and not isinstance(n_buckets, bool)
+    if not whole or n_buckets < 2 or n_buckets % 2:
+        raise ValueError(
+            f"n_buckets={n_buckets!r} is not even and >= 2: each direction has an opposite"
+        )
+    check_sizes({"n_rounds": n_rounds})
+    if n_rounds == 0:
+        raise ValueError("n_rounds=0: without a round there is nothing to hash")
+    if not x.is_meta and not torch.compiler.is_compiling() and not x.isfinite().all():
+        raise ValueError("x has numbers that are nan or inf: they fall in no bucket")
+
+
+def check_attention(q, k, v, buckets):
+    """Refuse q, k, v (B, H, T, ...) and buckets (R, B, H, T) that do not belong together."""
+    check_vectors(q=q, k=k, v=v)
+    if q.size(3) != k.size(3):
+        raise ValueError(f"q has {q.size(3)} dimensions, k {k.size(3)}: use one number")
+    whole = isinstance(buckets, torch.Tensor) and not buckets.is_floating_point()
+    if not whole or buckets.dim() != 4 or buckets.shape[1:] != q.shape[:3]:
+        given = tuple(getattr(buckets, "shape", ())), getattr(buckets, "dtype", buckets)
+        raise ValueError(f"buckets {given}; pass integers (R, *{tuple(q.shape[:3])})")
+    if len(buckets) == 0:
+        raise ValueError("buckets of no round; pass (R, B, H, T), R >= 1")
+
+
 def checked_memory(memory, empty):
     """The memory that a model was handed; where it is None, `empty`.
 
@@ -189,3 +232,29 @@ def autocast(device_type, enabled, dtype=None):
     if not enabled and not autocast_settings(device_type)["enabled"]:
         return nullcontext()
     return torch.autocast(device_type, dtype, enabled, cache_enabled=False)
+
+
+def random_states(device, states=None):
+    """The random states of the CPU and of a device; sets them to `states`, if given."""
+    here = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
+    where = [device] if device.type == "cuda" else []
+    if states is not None:
+        torch.set_rng_state(states[0])
+        if here:
+            here.set_rng_state(states[1], *where)
+    return torch.get_rng_state(), here.get_rng_state(*where) if here else None
+
+
+def modes(blocks):
+    """What must be the same when blocks are computed a second time."""
+    return {
+        "train or eval": [module.training for module in blocks.modules()],
+        "settings": [str(getattr(block, "settings", "")) for block in blocks],
+        "requires_grad": [p.requires_grad for p in blocks.parameters()],
+    }
+
+
+def check_unchanged(before, now):
+    """RuntimeError if the `modes` of blocks are others in backward than in forward."""
+    if changed := [what for what in before if before[what] != now[what]]:
+        raise RuntimeError(f"{', '.join(changed)} changed between forward and backward")
