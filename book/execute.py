@@ -94,7 +94,7 @@ def main():
     if broken:
         sys.exit("\n".join(broken))
     wanted = sys.argv[1:]  # all notebooks, or those whose names hold one of the given words
-    paths = [p for p in sorted((sync.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if not wanted or any(w in p.stem for w in wanted)]
+    paths = [p for p in sorted((sync.ROOT / "notebooks").glob("[0-9ab]*_*.ipynb")) if not wanted or any(w in p.stem for w in wanted)]
     for i, path in enumerate(paths, 1):
         refresh(path, f"notebook {i} of {len(paths)}  {path.stem}")
     drift, broken = sync.sync()

@@ -65,7 +65,6 @@ def readme_clone(url, names):
 
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
     "feedback_transformer": ["feedback_transformer", "feedback_segment"],
-    "reformer": ["lsh_attention", "reformer"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}
 BLOCKS = {"links": readme_links, "clone": readme_clone}  # in README.md, from <!-- sync: NAME --> to <!-- end -->
@@ -209,12 +208,12 @@ def readme_figure(nb):
 def sync(root=ROOT, check=False):
     """Bring every copy up to date, or with check leave them. Returns (drift, broken): what differed, what only an author can mend."""
     url, notebooks = address(root), root / "notebooks"
-    names = sorted({p.stem for p in notebooks.glob("[0-9][0-9]_*") if p.suffix in (".ipynb", ".py")})
+    names = sorted({p.stem for p in [*notebooks.glob("[0-9][0-9]_*"), *notebooks.glob("[ab]_*")] if p.suffix in (".ipynb", ".py")})
     drift, broken = [], []
     for name in names:
         ipynb, py = notebooks / f"{name}.ipynb", notebooks / f"{name}.py"
         nb, changes = read_pair(ipynb, py)
-        modules = [root / "memtx_minimal" / f"{file}.py" for file in MODULES.get(name[3:], [name[3:]])]
+        modules = [root / "memtx_minimal" / f"{file}.py" for file in MODULES.get(name.split("_", 1)[1], [name.split("_", 1)[1]])]
         for more, faults in [sync_modules(nb, name, modules), sync_generated(nb, name, url)]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
@@ -228,7 +227,7 @@ def sync(root=ROOT, check=False):
             if not check:
                 write(copy, picture)
     for path in [root / "README.md", *(root / file for file in LINES)]:
-        text, changes, faults = sync_text(path, url, names)
+        text, changes, faults = sync_text(path, url, [name for name in names if name[0].isdigit()])
         if changes and not check:
             write(path, text)
         drift, broken = drift + changes, broken + faults

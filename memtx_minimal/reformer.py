@@ -17,20 +17,6 @@ from memtx_minimal import inputs
 SELF = -1e5  # added to the score of a token with itself: the last resort
 
 
-@dataclass(slots=True)
-class Settings:
-    """How keys are found, in all layers of a model. May be changed at any time."""
-
-    chunk_len: int
-    n_rounds: int = 1  # 0 is exact attention
-    same_bucket: bool = True  # look at keys of the same bucket alone
-    count_once: bool = True  # a key that several rounds find counts once: -log N
-
-    def __setattr__(self, name, value):
-        inputs.check_sizes({name: value})
-        object.__setattr__(self, name, value)
-
-
 def hash_vectors(x, n_buckets, n_rounds, seed):
     """h(x) = argmax [xR ; -xR] for each round and head: (B, H, T, d) -> (R, B, H, T).
 
@@ -53,6 +39,20 @@ def in_set(bucket, chunk, key_bucket, key_chunk, same_bucket=True):
     """Whether queries may look at keys, the future aside: two comparisons."""
     near = (key_chunk == chunk) | (key_chunk == chunk - 1)
     return near & (key_bucket == bucket) if same_bucket else near
+
+
+@dataclass(slots=True)
+class Settings:
+    """How keys are found, in all layers of a model. May be changed at any time."""
+
+    chunk_len: int
+    n_rounds: int = 1  # 0 is exact attention
+    same_bucket: bool = True  # look at keys of the same bucket alone
+    count_once: bool = True  # a key that several rounds find counts once: -log N
+
+    def __setattr__(self, name, value):
+        inputs.check_sizes({name: value})
+        object.__setattr__(self, name, value)
 
 
 def attention_weights(q, k, buckets, settings):
