@@ -19,13 +19,13 @@
 # [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/b_fast_lsh.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/b_fast_lsh.ipynb)
 
 # %% [markdown]
-# Chapter 4 computes hashed attention in the plainest way that is not slow. This appendix computes the same numbers two to three
-# times as fast, in three steps: **labels** of 16 bits that decide who sees whom, exponentials of **base 2**, and scores that are
-# **computed again** in the backward pass instead of being kept. Each step is measured. At the end one call installs all of it in a
-# Reformer: `fast_lsh.speed_up(model)`.
+# Chapter 4 computes hashed attention in the plainest way that is not slow. This appendix computes the same numbers two to three times as
+# fast, in three steps: **labels** of 16 bits that decide who sees whom, exponentials of **base 2**, and scores that are **computed again** in
+# the backward pass instead of being kept. Each step is measured. At the end one call installs all of it in a Reformer:
+# `fast_lsh.speed_up(model)`.
 #
-# **When you have read it, you can** find out where the time of a tensor program goes, write a backward pass by hand for a softmax that
-# is split into parts, and say what each trick buys.
+# **When you have read it, you can** find out where the time of a tensor program goes, write a backward pass by hand for a softmax that is
+# split into parts, and say what each trick buys.
 #
 # **You need** chapter 4, up to section 4.5. **Time and memory:** less than 2 minutes and 1 GiB on two CPU cores.
 
@@ -49,7 +49,8 @@ from torch.autograd.function import once_differentiable
 
 from memtx_minimal import figures, inputs, measure, training
 from memtx_minimal.reformer import (
-    SELF, LSHAttention, Reformer, Settings, hash_vectors, in_set, lsh_attention, round_mask,
+    SELF, LSHAttention, Reformer, Settings, hash_vectors, in_set, lsh_attention,
+    round_mask,
 )  # fmt: skip
 
 started = time.perf_counter()
@@ -68,7 +69,8 @@ print(f"PyTorch {torch.__version__} on {device}")
 # %%
 T, c, R = 4096, 64, 2
 torch.manual_seed(SEED)
-q, v = (torch.randn(1, 4, T, 32, device=device, requires_grad=True) for _ in range(2))  # (B, H, T, d_head)
+q, v = torch.randn(2, 1, 4, T, 32, device=device).unbind()  # (B, H, T, d_head)
+q, v = q.requires_grad_(), v.requires_grad_()
 buckets = hash_vectors(q.detach(), 2 * T // c, R, seed=SEED)  # (R, B, H, T)
 settings = Settings(c)
 
@@ -84,10 +86,9 @@ def plain():
 
 order = buckets.argsort(dim=-1, stable=True)
 chunk = order.argsort(dim=-1) // c
-cost = {
-    "forward": ms(plain), "forward and backward": ms(lambda: plain().sum().backward()),
-    "of these, the masks": R * ms(lambda: round_mask(0, q.detach(), buckets.int(), order, chunk, settings)),
-}  # fmt: skip
+mask = lambda: round_mask(0, q.detach(), buckets.int(), order, chunk, settings)
+cost = {"forward": ms(plain), "of these, the masks": R * ms(mask)}
+cost["forward and backward"] = ms(lambda: plain().sum().backward())
 for name, value in cost.items():
     print(f"{name:21} {value:6.1f} ms")
 
@@ -96,12 +97,12 @@ for name, value in cost.items():
 #
 # ## B.2 Codes: one small number instead of two comparisons
 #
-# Chapter 4 compares buckets and chunks, both of them whole tensors of integers. Give each token one number instead, its **code**: twice
-# its bucket, plus its chunk. Then $j$ is in $i$'s set, the future aside, exactly if $\text{code}_i - \text{code}_j$ is 0 or 1. Why?
+# Chapter 4 compares buckets and chunks, both of them whole tensors of integers. Give each token one number instead, its **code**: twice its
+# bucket, plus its chunk. Then $j$ is in $i$'s set, the future aside, exactly if $\text{code}_i - \text{code}_j$ is 0 or 1. Why?
 #
 # - Same bucket, same chunk: the codes are equal. Same bucket, $j$ one chunk earlier: they differ by 1. Two chunks earlier: by 2 or more.
-# - Another bucket: tokens are sorted by bucket, so a later bucket never lies in an earlier chunk. If $i$'s bucket is the larger one, twice the bucket grows by
-#   at least 2 and the chunk does not fall: the difference is 2 or more. If it is the smaller one, it is $-2$ or less.
+# - Another bucket: tokens are sorted by bucket, so a later bucket never lies in an earlier chunk. If $i$'s bucket is the larger one, twice
+#   the bucket grows by at least 2 and the chunk does not fall: the difference is 2 or more. If it is the smaller one, it is $-2$ or less.
 #
 # Here are the twelve tokens of chapter 4 (chunks of 4, round 1) with their codes:
 
@@ -144,23 +145,25 @@ def sort_and_code(buckets, c, same_bucket=True):
     return order, chunk + 2 * rows.flatten(1) if same_bucket else chunk
 
 # %% [markdown]
-# Codes are small: of the order of twice the number of buckets. They fit in 16 bits, and so do positions up to 32,767. A comparison of 16-bit numbers moves a quarter of
-# the bytes of one of 64 bits, and the processor handles four times as many at once. Shifting a difference right by one bit, in place, gives 0 for 0 and
-# 1, and something else for everything else: one operation for two comparisons.
+# Codes are small: of the order of twice the number of buckets. They fit in 16 bits, and so do positions up to 32,767. A comparison of 16-bit
+# numbers moves a quarter of the bytes of one of 64 bits, and the processor handles four times as many at once. Shifting a difference right by
+# one bit, in place, gives 0 for 0 and 1, and something else for everything else: one operation for two comparisons.
 
 # %%
 G = 4 * T // c
-wide = [torch.randint(128, (G, c, 1)), torch.randint(128, (G, c, 1)), torch.randint(128, (G, 1, 2 * c)), torch.randint(128, (G, 1, 2 * c))]
-a, b = (x.to(torch.int16) for x in (wide[0], wide[2]))
+wide = [torch.randint(128, (G, *shape)) for shape in 2 * [(c, 1)] + 2 * [(1, 2 * c)]]
+x, y = wide[0], wide[2]
+a, b = x.to(torch.int16), y.to(torch.int16)
 steps = {
     "bucket and chunk,\n64 bits": lambda: in_set(*wide),
-    "difference of codes,\n64 bits": lambda: (wide[0] - wide[2]).bitwise_right_shift_(1).eq_(0),
+    "difference of codes,\n64 bits": lambda: (x - y).bitwise_right_shift_(1).eq_(0),
     "difference of codes,\n16 bits": lambda: (a - b).bitwise_right_shift_(1).eq_(0),
 }
 compared = {name: ms(run, 9) for name, run in steps.items()}
 for name, value in compared.items():
     print(f"{name:30}".replace("\n", " "), f"{value:5.2f} ms")
-assert compared["difference of codes,\n16 bits"] < compared["bucket and chunk,\n64 bits"]
+two_comparisons, _, one_difference = compared.values()
+assert one_difference < two_comparisons
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(5.6, 3))
@@ -171,12 +174,13 @@ figures.show(figure, "Time to decide who is in whose set for two million pairs: 
 # %% [markdown]
 # ## B.3 Exponentials in base 2
 #
-# $e^x = 2^{x \log_2 e}$, so a softmax may be computed in base 2 if all scores are multiplied by $\log_2 e$. That factor goes into the matrix product, where it
-# costs nothing. What does it buy? On some processors `exp` takes a slow path for the very negative numbers of masked scores, and `exp2` does not. Try it on yours:
+# $e^x = 2^{x \log_2 e}$, so a softmax may be computed in base 2 if all scores are multiplied by $\log_2 e$. That factor goes into the matrix
+# product, where it costs nothing. What does it buy? On some processors `exp` takes a slow path for the very negative numbers of masked
+# scores, and `exp2` does not. Try it on yours:
 
 # %%
 scores = torch.randn(G, c, 2 * c, device=device)
-masked = torch.where(torch.rand_like(scores) < 0.8, -1e9, scores)  # most keys are hidden
+masked = torch.where(torch.rand_like(scores) < 0.8, -1e9, scores)  # most are hidden
 exponentials = {
     f"{name}, {kind}": ms(lambda f=f, x=x: f(x), 9)
     for name, f in [("exp", torch.exp), ("exp2", torch.exp2)]
@@ -195,8 +199,8 @@ figures.show(
 )
 
 # %% [markdown]
-# The numbers are $-10^9$ and not minus infinity because a difference of infinities is not a number, and differences are what the next function takes. There is one of them
-# only where a query has seen nothing at all.
+# The numbers are $-10^9$ and not minus infinity because a difference of infinities is not a number, and differences are what the next
+# function takes. There is one of them only where a query has seen nothing at all.
 
 # %%
 NEVER = -1e9  # in place of -inf: a finite number has a difference to every other
@@ -204,8 +208,9 @@ LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x)
 PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
 
 # %% [markdown]
-# Now the rows. `order` says which row comes n-th; its inverse says where each row comes. `windows` joins each chunk to the one before, as a view: nothing is copied twice. Rows
-# of all heads lie in one line, so the first chunk of a head finds the last one of *another* head before it. That must never be seen.
+# Now the rows. `order` says which row comes n-th; its inverse says where each row comes. `windows` joins each chunk to the one before, as a
+# view: nothing is copied twice. Rows of all heads lie in one line, so the first chunk of a head finds the last one of *another* head before
+# it. That must never be seen.
 
 # %% tags=["from-module"]
 def inverse(order):
@@ -228,9 +233,9 @@ rows = torch.arange(8)[:, None]  # 8 rows that are sorted already, d = 1
 print(windows(rows, torch.arange(8), c=2).squeeze(1).tolist())
 
 # %% [markdown]
-# The scores of a round, a few chunks at a time, so that they stay in the processor's cache. The labels of a row are its codes in all rounds and, as the last one, its position.
-# Before a head's first chunk the position is set to `T`, the future of all. $-\log N_{i,j}$ is not added to the score: the exponential is divided by $N_{i,j}$ later, which is
-# the same and needs no logarithm.
+# The scores of a round, a few chunks at a time, so that they stay in the processor's cache. The labels of a row are its codes in all rounds
+# and, as the last one, its position. Before a head's first chunk the position is set to `T`, the future of all. $-\log N_{i,j}$ is not added
+# to the score: the exponential is divided by $N_{i,j}$ later, which is the same and needs no logarithm.
 
 # %% tags=["from-module"]
 def masked_scores(q, k, order, labels, r, c, T, count_once):
@@ -258,8 +263,8 @@ def masked_scores(q, k, order, labels, r, c, T, count_once):
 # %% [markdown]
 # ## B.4 Forward: sums that can be added up
 #
-# A round returns what is needed to add rounds up: for each row its largest score, the sum of its weights and the weighted sum of values. The weights are *not* normalised: with
-# $m$ for the largest score, $p_{ij} = 2^{s_{ij} - m_i} / N_{i,j}$.
+# A round returns what is needed to add rounds up: for each row its largest score, the sum of its weights and the weighted sum of values. The
+# weights are *not* normalised: with $m$ for the largest score, $p_{ij} = 2^{s_{ij} - m_i} / N_{i,j}$.
 
 # %% tags=["from-module"]
 def attend(q, k, v, order, labels, r, *how):
@@ -279,7 +284,8 @@ def attend(q, k, v, order, labels, r, *how):
 # %% [markdown]
 # ## B.5 Backward: compute it again
 #
-# What is the gradient? With $P_{ij}$ for the final, normalised weights over all rounds, $o_i = \sum_j P_{ij} v_j$ and $do_i$ for the gradient that comes in, any softmax attention has
+# What is the gradient? With $P_{ij}$ for the final, normalised weights over all rounds, $o_i = \sum_j P_{ij} v_j$ and $do_i$ for the gradient
+# that comes in, any softmax attention has
 #
 # $$
 # dv_j = \sum_i P_{ij}\, do_i , \qquad
@@ -287,8 +293,9 @@ def attend(q, k, v, order, labels, r, *how):
 # dq_i = \sum_j ds_{ij}\, k_j , \qquad dk_j = \sum_i ds_{ij}\, q_i .
 # $$
 #
-# Everything follows from $P$, and $P$ follows from $q$, $k$, the largest score of each row and the sum of its weights: two numbers a row. So no scores need to be kept. `total`, the sum of weights, is divided
-# into `d_out` once, so that the unnormalised $p$ will do for $P$. ($\log_2 e$ does not appear: $s$ is the score in base $e$, and only its exponential was computed in base 2.)
+# Everything follows from $P$, and $P$ follows from $q$, $k$, the largest score of each row and the sum of its weights: two numbers a row. So
+# no scores need to be kept. `total`, the sum of weights, is divided into `d_out` once, so that the unnormalised $p$ will do for $P$. ($\log_2
+# e$ does not appear: $s$ is the score in base $e$, and only its exponential was computed in base 2.)
 
 # %% tags=["from-module"]
 def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
@@ -306,10 +313,12 @@ def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
     return [d[:, -c:].flatten(0, 1).index_select(0, place) for d in (dq, dk, dv)]
 
 # %% [markdown]
-# A window's keys belong to two chunks: the gradient of its first half belongs to the chunk before, and `d[:-1, c:] += d[1:, :c]` puts it there. At the edge of two heads that adds what the first
-# chunk of one head gave to the last of another: zero, because nothing was seen there.
+# A window's keys belong to two chunks: the gradient of its first half belongs to the chunk before, and `d[:-1, c:] += d[1:, :c]` puts it
+# there. At the edge of two heads that adds what the first chunk of one head gave to the last of another: zero, because nothing was seen
+# there.
 #
-# `how`, in all these functions, are the chunk, the length and whether keys count once. Autocast is kept out, so that both passes get the same scores.
+# `how`, in all these functions, are the chunk, the length and whether keys count once. Autocast is kept out, so that both passes get the same
+# scores.
 
 # %% tags=["from-module"]
 def full_precision(method):
@@ -322,7 +331,8 @@ def full_precision(method):
     return outside_autocast
 
 # %% [markdown]
-# The autograd function adds rounds up as equations 13 to 15 do, with sums in place of their logarithms: $o = \sum_r \text{out}_r / \sum_r \text{total}_r$, after bringing all to one largest score.
+# The autograd function adds rounds up as equations 13 to 15 do, with sums in place of their logarithms: $o = \sum_r \text{out}_r / \sum_r
+# \text{total}_r$, after bringing all to one largest score.
 
 # %% tags=["from-module"]
 class HashedAttention(torch.autograd.Function):
@@ -387,10 +397,12 @@ class Holder(torch.nn.Module):
     """For measure.bytes_for_backward: nothing of its own."""
 
 
-kept = {name: measure.bytes_for_backward(Holder(), run) / 2**20 for name, run in [("plain", plain), ("fast", fast)]}
-spent = {name: (ms(run), ms(lambda run=run: run().sum().backward())) for name, run in [("plain", plain), ("fast", fast)]}
-for name, (forward, both) in spent.items():
-    print(f"{name:5} forward {forward:6.1f} ms, with backward {both:6.1f} ms, keeps {kept[name]:6.1f} MiB")
+kept, spent = {}, {}
+for name, run in [("plain", plain), ("fast", fast)]:
+    kept[name] = measure.bytes_for_backward(Holder(), run) / 2**20
+    spent[name] = forward, both = ms(run), ms(lambda: run().sum().backward())
+    print(f"{name:5} forward {forward:6.1f} ms, with backward {both:6.1f} ms,", end=" ")
+    print(f"keeps {kept[name]:6.1f} MiB")
 assert spent["fast"][1] < spent["plain"][1] and kept["fast"] < 0.2 * kept["plain"]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -404,7 +416,8 @@ figures.show(
 )
 
 # %% [markdown]
-# The backward pass computes all scores once more and is still faster: to compute a few chunks of scores in the cache takes less time than to fetch them from memory.
+# The backward pass computes all scores once more and is still faster: to compute a few chunks of scores in the cache takes less time than to
+# fetch them from memory.
 #
 # ## B.6 The same numbers
 #
@@ -412,18 +425,20 @@ figures.show(
 
 # %%
 torch.manual_seed(SEED)
-q_, v_ = (torch.randn(2, 3, 50, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-k_, many = F.normalize(q_, dim=-1), hash_vectors(q_.detach(), n_buckets=14, n_rounds=3, seed=SEED)
-outs = [attend(q_, k_, v_, many, Settings(8)) for attend in (fast_attention, lsh_attention)]
+q_, v_ = torch.randn(2, 2, 3, 50, 8, dtype=torch.float64, requires_grad=True)
+k_, h = F.normalize(q_, dim=-1), hash_vectors(q_.detach(), 14, n_rounds=3, seed=SEED)
+ways = fast_attention, lsh_attention
+outs = [attend(q_, k_, v_, h, Settings(8)) for attend in ways]
 pull = torch.randn_like(outs[0])
 grads = [torch.autograd.grad(out, (q_, v_), pull, retain_graph=True) for out in outs]
-errors = [(outs[0] - outs[1]).abs().max(), *((x - y).abs().max() for x, y in zip(*grads))]
+pairs = [outs, *zip(*grads)]
+errors = [(x - y).abs().max() for x, y in pairs]
 print("largest differences:", *(f"{e:.0e}" for e in errors))
 assert max(errors) < 1e-10
 
 # %% [markdown]
-# To install it, every attention layer of a model gets the fast function in place of the plain one. Projections, hooks and hashing stay as they are. A layer that is not a plain one
-# might compute something else, and is refused.
+# To install it, every attention layer of a model gets the fast function in place of the plain one. Projections, hooks and hashing stay as
+# they are. A layer that is not a plain one might compute something else, and is refused.
 
 # %% tags=["from-module"]
 def speed_up(model):
@@ -451,9 +466,13 @@ torch.manual_seed(SEED)
 model = Reformer(65, chunk_len=64, n_rounds=2, axial_shape=(64, 64)).to(device)
 tokens = torch.randint(65, (1, T), device=device)
 quick = speed_up(copy.deepcopy(model))
-step = lambda m: F.cross_entropy(m(tokens)[0].flatten(0, 1), tokens.flatten()).backward()
-seconds = {name: measure.seconds(lambda m=m: step(m), warmup=1, rounds=3, device=device) for name, m in [("plain", model), ("fast", quick)]}
-print(f"a step of the whole model, 4,096 tokens: plain {seconds['plain']:.2f} s, fast {seconds['fast']:.2f} s, {seconds['plain'] / seconds['fast']:.1f} times as fast")
+seconds = {}
+for name, m in [("plain", model), ("fast", quick)]:
+    step = lambda: F.cross_entropy(m(tokens)[0].mT, tokens).backward()
+    seconds[name] = measure.seconds(step, warmup=1, rounds=3, device=device)
+    print(f"a step of the whole model, 4,096 tokens, {name}: {seconds[name]:.2f} s")
+print(f"{seconds['plain'] / seconds['fast']:.1f} times as fast")
+
 model.blocks[0].forward = lambda x, buckets=None: (x, None)
 try:
     speed_up(model)
@@ -463,10 +482,13 @@ except ValueError as error:
 # %% [markdown]
 # ## B.7 Exercises
 #
-# 1. *(10 minutes)* Why must codes be *twice* the bucket plus the chunk? Find `wrong_pair()`: two pairs (bucket, chunk), query first, that a sorted row can hold and that `bucket + chunk` would take for one set
-#    although the buckets differ. Check it with `check_pair(wrong_pair())`.
-# 2. *(15 minutes)* Write `add_rounds(tops, totals, outs)`, lists with one tensor (N, 1), (N, 1), (N, d) a round, that gives $o$, without a loop over rounds. Check it with `check_rounds(add_rounds)`.
-# 3. *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does the size of its cache say? (No check: it depends on the machine.)
+# 1. *(10 minutes)* Why must codes be *twice* the bucket plus the chunk? Find `wrong_pair()`: two pairs (bucket, chunk), query first, that a
+#    sorted row can hold and that `bucket + chunk` would take for one set although the buckets differ. Check it with
+#    `check_pair(wrong_pair())`.
+# 2. *(15 minutes)* Write `add_rounds(tops, totals, outs)`, lists with one tensor (N, 1), (N, 1), (N, d) a round, that gives $o$, without a
+#    loop over rounds. Check it with `check_rounds(add_rounds)`.
+# 3. *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does
+#    the size of its cache say? (No check: it depends on the machine.)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def check_pair(pairs):
@@ -509,9 +531,11 @@ def check_rounds(add_rounds):
 #
 # ## References
 #
-# - T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Ré: [FlashAttention](https://arxiv.org/abs/2205.14135). NeurIPS 2022. Sums that can be added up, and scores that are computed again.
+# - T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Ré: [FlashAttention](https://arxiv.org/abs/2205.14135). NeurIPS 2022. Sums that can be added up,
+#   and scores that are computed again.
 # - M. Milakov, N. Gimelshein: [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867). 2018.
 
 # %%
 minutes = (time.perf_counter() - started) / 60
-print(f"this run: {minutes:.1f} minutes, peak memory {measure.process_peak_bytes() / 2**30:.2f} GiB")
+peak_memory = measure.process_peak_bytes() / 2**30
+print(f"this run: {minutes:.1f} minutes, peak memory {peak_memory:.2f} GiB")
