@@ -158,25 +158,10 @@ def kept(model, tokens):
 
 # %%
 vanilla = VanillaTransformer(**WIDE, max_len=1024).to(device)
-layer = vanilla.layers[0]
-parts = {"attention": layer.attention, "feed-forward": layer.feed_forward}
-parts["whole layer"] = layer
-x = torch.randn(1, 1024, 128, device=device, requires_grad=True)
-for name, part in parts.items():
-    parts[name] = measure.bytes_for_backward(part, lambda part=part: part(x)) / MiB
-parts["four layers"] = kept(vanilla, text_of(1024))
-parts["parameters"] = sum(p.nbytes for p in vanilla.parameters()) / MiB
-assert parts["four layers"] > 5 * parts["parameters"]
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots()
-figures.bars(axes, parts, ylabel="MiB", number="{:.1f}")
-axes.set_title("Kept for the backward pass, one window of 1,024 tokens")
-figures.show(
-    figure,
-    f"Four layers keep {parts['four layers']:.0f} MiB for the backward pass of one window of 1,024 tokens, more than five times "
-    f"the {parts['parameters']:.1f} MiB of all parameters.",
-)
+parameters = sum(p.nbytes for p in vanilla.parameters()) / MiB
+by_layers = kept(vanilla, text_of(1024))
+print(f"kept for the backward pass: {by_layers:.1f} MiB; the parameters: {parameters:.1f} MiB")
+assert by_layers > 5 * parameters
 
 # %% [markdown]
 # One window keeps many times the size of the model, all of it for the backward pass, and it grows with length and depth. (When the paper was
@@ -1598,18 +1583,7 @@ figures.show(
 )
 
 # %% [markdown]
-# One round can find only a part of the attention, though more than a blind choice of as many keys would. That is why rounds are added up. How
-# many keys would it take? Count, for each query, the keys that hold 90 % of its exact attention.
-
-# %%
-for n, (weights, _, _) in enumerate(found):
-    second_half = weights[:, :, T // 2 :]  # (B, H, T / 2, T)
-    largest = second_half.sort(dim=-1, descending=True).values
-    needed = (largest.cumsum(dim=-1) < 0.9).sum(dim=-1).float() + 1
-    print(f"layer {n + 1}: 90 % in {needed.median():.0f} of 65 to 128 keys (median)")
-
-# %% [markdown]
-# That is why hashing costs something here: attention on this text is not very sparse.
+# One round can find only a part of the attention, though more than a blind choice of as many keys would. That is why rounds are added up.
 #
 # Second, attention by distance, hashed beside exact.
 
