@@ -1374,7 +1374,7 @@ figures.show(
 # %% [markdown]
 # The level lines are the paper's claim, and it holds. But mind where they are crossed. In 2020 attention meant a matrix of $T \times T$
 # weights, written to memory and read again. Fused attention never writes it, and for short texts hashing loses clearly. The code of this
-# chapter is the plainest, not the fastest; appendix B makes it two to three times as fast with the same results.
+# chapter is the plainest, not the fastest; appendix B makes it about twice as fast with the same results.
 #
 # ### Memory against depth
 #

@@ -19,9 +19,9 @@
 # [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/b_fast_lsh.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/b_fast_lsh.ipynb)
 
 # %% [markdown]
-# Chapter 4 computes hashed attention in the plainest way that is not slow. This appendix computes the same numbers two to three times as
-# fast, in three steps: **labels** of 16 bits that decide who sees whom, exponentials of **base 2**, and scores that are **computed again** in
-# the backward pass instead of being kept. Each step is measured. At the end one call installs all of it in a Reformer:
+# Chapter 4 computes hashed attention in the plainest way that is not slow. This appendix computes the same numbers about twice as fast, in
+# three steps: **labels** of 16 bits that decide who sees whom, exponentials of **base 2**, and scores that are **computed again** in the
+# backward pass instead of being kept. Each step is measured. At the end one call installs all of it in a Reformer:
 # `fast_lsh.speed_up(model)`.
 #
 # **When you have read it, you can** find out where the time of a tensor program goes, write a backward pass by hand for a softmax that is
@@ -403,7 +403,7 @@ for name, run in [("plain", plain), ("fast", fast)]:
     spent[name] = forward, both = ms(run), ms(lambda: run().sum().backward())
     print(f"{name:5} forward {forward:6.1f} ms, with backward {both:6.1f} ms,", end=" ")
     print(f"keeps {kept[name]:6.1f} MiB")
-assert spent["fast"][1] < spent["plain"][1] and kept["fast"] < 0.2 * kept["plain"]
+assert spent["fast"][1] < spent["plain"][1] and kept["fast"] < 0.3 * kept["plain"]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(7, 3))
