@@ -9,7 +9,6 @@ in compressed memory, K = C + M + T keys, O old states that leave memory, c the 
 """
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +146,8 @@ class Memory(nn.Module):
 
 def read_piece(model, tokens, memory):
     """At most mem_len tokens -> states (B, T, d_model), memory, loss, with graphs."""
+    inputs.check_sizes({"compressed_len": model.compressed_len})
+    inputs.check_tokens(tokens, model.embedding.num_embeddings)
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
     nothing_yet = [(x[:, :0], x[:, :0])] * len(model.layers)  # (B, 0, d_model) each
     memory = inputs.checked_memory(memory, nothing_yet)
@@ -169,14 +170,10 @@ def read_piece(model, tokens, memory):
 class CompressiveTransformer(nn.Module):
     """A language model with a memory in each layer, and a compressed memory behind it.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, compression loss.
-    Memory, for each layer: detached states (B, C, d_model), C <= compressed_len, and
-    (B, M, d_model), M <= mem_len; both lengths may be changed at any time. Longer texts
-    are read in pieces of mem_len. The loss, a scalar, comes in training mode, with
-    loss="attention" and "auto-encoding" (where the compression has no parameters, it
-    measures and trains nothing); "bptt" trains f_c by the logits of later pieces, so
-    pass two or more at once; None does not train it. What fits in memory is not yet
-    compressed: then f_c has no gradient (DDP wants find_unused_parameters=True).
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, and in training a
+    compression loss, but for None and "bptt" (pass two pieces of mem_len or more).
+    Memory, for each layer: detached (B, C, d_model), (B, M, d_model); both lengths may
+    be changed at any time. The first segments give f_c no gradient, as DDP must know.
     """
 
     def __init__(
@@ -198,30 +195,20 @@ class CompressiveTransformer(nn.Module):
         self.memories = nn.ModuleList(Memory(*sizes) for _ in range(n_layers))
         self.norm, self.head = nn.LayerNorm(d_model), nn.Linear(d_model, vocab_size)
 
-    @property
-    def loss(self):
-        """What trains the compression functions: chosen when they are built."""
-        return self.memories[0].loss
+    loss = property(lambda self: self.memories[0].loss)  # chosen when it was built
 
     def clip_groups(self):
-        """The parameters of the language model, and those that compress."""
         compression = list(self.memories.parameters())
         ids = {id(p) for p in compression}
         return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
-        rate = self.memories[0].rate
-        inputs.check_sizes({"compressed_len": self.compressed_len})
-        inputs.check_multiple("mem_len", self.mem_len, "compression_rate", rate)
-        inputs.check_tokens(tokens, self.embedding.num_embeddings)
+        inputs.check_multiple("mem_len", self.mem_len, "c", self.memories[0].rate)
         states, losses = [], []
-        for piece in tokens.split(self.mem_len, dim=1):
+        for piece in inputs.pieces(tokens, self.mem_len):
             x, memory, loss = read_piece(self, piece, memory)
             states.append(x), losses.append(loss)
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)
         memory = [tuple(part.detach().clone() for part in parts) for parts in memory]
-        if self.training and self.loss == "bptt" and len(states) == 1:
-            more = f"pass over {self.mem_len} tokens"
-            warnings.warn(f"bptt trains f_c across pieces: {more}", stacklevel=2)
         own = self.training and self.loss in ("attention", "auto-encoding")
         return (logits, memory, sum(losses)) if own else (logits, memory)
