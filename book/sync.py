@@ -97,7 +97,7 @@ def readme_clone(url, names):
 
 
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
-    "feedback_transformer": ["feedback_transformer", "feedback_segment"],
+    "feedback_by_hand": ["fast_feedback"],
     "reformer": ["lsh_attention", "reformer"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}

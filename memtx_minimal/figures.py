@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, display
+from IPython.display import HTML, Image, display
 from PIL import Image as Picture
 
 STYLE = Path(__file__).with_name("memtx.mplstyle")
@@ -112,6 +112,20 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
     _legend(axes)
 
 
+def table(caption, header, rows):
+    """Display an HTML table: its first column to the left, all others to the right."""
+
+    def line(cells, tag):
+        sides = ["left"] + ["right"] * (len(cells) - 1)
+        cell = '<{0} style="text-align: {1}">{2}</{0}>'
+        return "".join(cell.format(tag, side, text) for side, text in zip(sides, cells))
+
+    body = "".join(f"<tr>{line(list(row), 'td')}</tr>" for row in rows)
+    head = f"<thead><tr>{line(header, 'th')}</tr></thead>"
+    caption = f"<caption>{caption}</caption>"
+    display(HTML(f"<table>{caption}{head}<tbody>{body}</tbody></table>"))
+
+
 def smooth(values, width):
     """Running mean of a sequence over `width` values; the first width - 1 have no mean and are left out."""
     return np.convolve(values, np.ones(width) / width, mode="valid")
@@ -189,3 +203,25 @@ def unrolled(axes, n_layers, n_positions, *, now, cached=(), sees=lambda i: (), 
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def unrolled_feedback(axes, n_layers, *, now):
+    """A Feedback Transformer at step `now`: each earlier step has mixed its states into a
+    square on top (orange), and each layer of now (blue) reads all squares."""
+    top, steps = n_layers + 1, range(now + 1)
+    for i in steps:
+        color = BLUE if i == now else GREY
+        axes.plot([i] * (top + 1), range(top + 1), color=color, linewidth=2.5, zorder=0)
+        axes.scatter([i] * top, range(top), s=60, color=color, zorder=2)
+        square = BLUE if i == now else ORANGE
+        axes.scatter([i], [top], s=80, marker="s", color=square, zorder=2)
+    look = {"color": ORANGE, "linewidth": 0.9, "alpha": 0.55, "zorder": 1}
+    for j in range(now):
+        for layer in range(1, top):
+            axes.plot([j, now], [top, layer], **look)
+    names = ["text", *(f"layer {n}" for n in range(1, top)), "memory"]
+    axes.set_yticks(range(top + 1), labels=names)
+    axes.set(title="Feedback: all layers of all steps before", xticks=[])
+    axes.set(xlim=(-0.7, now + 0.7), ylim=(-0.4, top + 0.4))
+    axes.grid(False)
+    axes.spines[:].set_visible(False)

@@ -245,7 +245,7 @@ def record_attention(model):
 
     A model that reads in pieces or in steps gives them piece by piece, step by step. A
     Reformer that hashes never has them whole: ask reformer.look. A FeedbackTransformer
-    shows them with by_hand=False. Record in eval mode: in training, the looks of a
+    that was sped up has none to show. Record in eval mode: in training, the looks of a
     CompressiveTransformer's own loss stand among them.
     """
     weights, modes = [], []

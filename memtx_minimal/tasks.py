@@ -131,3 +131,46 @@ def duplicate(batch_size=32, length=64, n_symbols=63, seed=0):
             yield tokens, targets, True
 
     return stream()
+
+
+PLACES, LETTERS = 5, 16
+CARD_VOCAB = PLACES * LETTERS + 10 + 1 + PLACES  # 96: entries, swaps, question, starts
+
+
+def card(batch_size, n_events, seed=0):
+    """Cups with a card: where the ball is must be worked out, what lies there looked up.
+
+    A game begins with a card: one entry for each of five places, in random order, that
+    gives it one of 16 letters. A token says where the ball starts. Then n_events follow:
+    swaps of two cups, as in `cups`, and, for one half, the question "which letter has the
+    ball's place now?". The target of a question is the letter, 0 ... 15; that of the
+    start and of a swap is the ball's place, LETTERS + 0 ... 4; entries have none. Each
+    segment is a game of its own, T = 6 + n_events.
+    """
+    sizes = {"batch_size": batch_size, "n_events": n_events, "seed": seed}
+    inputs.check_sizes(sizes)
+    B, dice = int(batch_size), torch.Generator().manual_seed(int(seed))
+    pairs, rows = torch.combinations(torch.arange(PLACES)), torch.arange(B)
+
+    def stream():
+        while True:
+            letters = torch.randint(LETTERS, (B, PLACES), generator=dice)
+            order = torch.rand(B, PLACES, generator=dice).argsort(dim=1)
+            entries = (torch.arange(PLACES) * LETTERS + letters).gather(1, order)
+            ball = torch.randint(PLACES, (B,), generator=dice)
+            swaps = torch.randint(len(pairs), (B, int(n_events)), generator=dice)
+            asks = torch.rand(B, int(n_events), generator=dice) < 0.5
+            events = torch.where(asks, len(pairs), swaps) + PLACES * LETTERS
+            start = ball + PLACES * LETTERS + len(pairs) + 1
+            targets = [*torch.full((PLACES, B), -100), LETTERS + ball]
+            for t in range(int(n_events)):
+                a, b = pairs[swaps[:, t]].T  # (B,) each
+                others = torch.where(ball == b, a, ball)
+                moved = torch.where(ball == a, b, others)
+                ball = torch.where(asks[:, t], ball, moved)
+                letter = letters[rows, ball]
+                targets.append(torch.where(asks[:, t], letter, LETTERS + ball))
+            tokens = torch.cat([entries, start[:, None], events], dim=1)
+            yield tokens, torch.stack(targets, dim=1), True  # (B, 6 + n_events) each
+
+    return stream()

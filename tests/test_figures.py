@@ -124,3 +124,16 @@ def test_animation_has_all_its_frames(shown):
     figures.show_animation(frames, "a line that rises", seconds=0.5)
     gif = Picture.open(io.BytesIO(shown[0].data))
     assert (gif.format, gif.n_frames, gif.info["duration"], gif.info["loop"]) == ("GIF", 3, 500, 0)
+
+
+def test_a_table_has_its_caption_and_every_cell(shown):
+    figures.table("the caption", ["model", "loss"], [["a", 1], ["b", "2.50"]])
+    html = shown[0].data
+    assert "<caption>the caption</caption>" in html and html.count("<tr>") == 3
+    assert all(f">{cell}</t" in html for cell in ("model", "loss", "a", 1, "b", "2.50"))
+
+
+def test_feedback_unrolled_leads_from_every_earlier_square_to_every_layer(axes):
+    figures.unrolled_feedback(axes, 3, now=4)
+    lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert sorted(lines) == sorted([[j, 4], [4, n]] for j in range(4) for n in (1, 2, 3))

@@ -114,13 +114,42 @@ def test_duplicate_is_made_of_its_seed_alone():
     assert not torch.equal(a, b) and torch.equal(before, torch.get_rng_state())
 
 
-# ---------------------------------------------------------------- all three
+# ---------------------------------------------------------------- card
+
+
+def test_card_answers_are_those_of_the_game():
+    pairs = list(itertools.combinations(range(5), 2))
+    tokens, targets, at_start = next(tasks.card(20, 30, seed=1))
+    assert tokens.shape == targets.shape == (20, 36) and at_start is True
+    assert tokens.max() < tasks.CARD_VOCAB
+    for game, answers in zip(tokens.tolist(), targets.tolist()):
+        card = dict(divmod(token, 16) for token in game[:5])
+        ball = game[5] - 91
+        assert sorted(card) == list(range(5)) and answers[:6] == [-100] * 5 + [16 + ball]
+        for token, answer in zip(game[6:], answers[6:]):
+            if token == 90:
+                assert answer == card[ball]
+            else:
+                a, b = pairs[token - 80]
+                ball = {a: b, b: a}.get(ball, ball)
+                assert answer == 16 + ball
+    asked = (tokens[:, 6:] == 90).float().mean().item()
+    assert 0.4 < asked < 0.6
+
+
+def test_card_is_fixed_by_its_seed():
+    first, again, other = (next(tasks.card(4, 6, seed=seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# ---------------------------------------------------------------- all of them
 
 
 TASKS = {
     "recall": lambda **odd: tasks.recall(**dict(batch_size=2, segment_len=8) | odd),
     "cups": lambda **odd: tasks.cups(**dict(batch_size=2, segment_len=8) | odd),
     "duplicate": lambda **odd: tasks.duplicate(**dict(batch_size=2, length=8) | odd),
+    "card": lambda **odd: tasks.card(**dict(batch_size=2, n_events=8) | odd),
 }
 
 
@@ -163,6 +192,7 @@ def test_a_seed_gives_the_stream_that_it_always_gave(name, odd, expected):
         ("duplicate", dict(length=8.0), "length=8.0"),
         ("duplicate", dict(n_symbols=0), "n_symbols=0 is not a whole number >= 1"),
         ("duplicate", dict(n_symbols=1.5), "n_symbols=1.5"),
+        ("card", dict(n_events=-1), "n_events=-1 is not a whole number >= 0"),
         *(
             (name, dict(batch_size=B), f"batch_size={B} ")
             for name in TASKS
@@ -182,7 +212,8 @@ def test_sizes_and_seeds_that_cannot_work_are_refused_at_the_call(name, odd, mes
 
 @pytest.mark.parametrize("name", TASKS)
 def test_numpy_integers_are_whole_numbers(name):
-    length = "length" if name == "duplicate" else "segment_len"
+    lengths = {"duplicate": "length", "card": "n_events"}
+    length = lengths.get(name, "segment_len")
     small = dict(batch_size=np.uint8(2), seed=np.int64(3)) | {length: np.int32(8)}
     if name == "duplicate":
         small["n_symbols"] = np.uint8(255)  # one more would not fit
