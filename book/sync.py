@@ -98,7 +98,6 @@ def readme_clone(url, names):
 
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
     "feedback_by_hand": ["fast_feedback"],
-    "reformer": ["lsh_attention", "reformer"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}
 BLOCKS = {"links": readme_links, "clone": readme_clone}  # in README.md, from <!-- sync: NAME --> to <!-- end -->
@@ -345,7 +344,7 @@ def sync(root=ROOT, check=False, take=()):
             if not check:
                 write(copy, picture)
     for path in [root / "README.md", *(root / file for file in LINES)]:
-        text, changes, faults = sync_text(path, url, names)
+        text, changes, faults = sync_text(path, url, [name for name in names if name[0].isdigit()])
         if changes and not check:
             write(path, text)
         drift, broken = drift + changes, broken + faults

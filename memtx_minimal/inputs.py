@@ -240,3 +240,29 @@ def autocast(device_type, enabled, dtype=None):
     if not enabled and not autocast_settings(device_type)["enabled"]:
         return nullcontext()
     return torch.autocast(device_type, dtype, enabled, cache_enabled=False)
+
+
+def random_states(device, states=None):
+    """The random states of the CPU and of a device; sets them to `states`, if given."""
+    here = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
+    where = [device] if device.type == "cuda" else []
+    if states is not None:
+        torch.set_rng_state(states[0])
+        if here:
+            here.set_rng_state(states[1], *where)
+    return torch.get_rng_state(), here.get_rng_state(*where) if here else None
+
+
+def modes(blocks):
+    """What must be the same when blocks are computed a second time."""
+    return {
+        "train or eval": [module.training for module in blocks.modules()],
+        "settings": [str(getattr(block, "settings", "")) for block in blocks],
+        "requires_grad": [p.requires_grad for p in blocks.parameters()],
+    }
+
+
+def check_unchanged(before, now):
+    """RuntimeError if the `modes` of blocks are others in backward than in forward."""
+    if changed := [what for what in before if before[what] != now[what]]:
+        raise RuntimeError(f"{', '.join(changed)} changed between forward and backward")

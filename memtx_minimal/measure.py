@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memtx_minimal.reformer import attention_weights
+
 # ---------------------------------------------------------------- bytes
 
 
@@ -244,7 +246,7 @@ def record_attention(model):
     weights[layer]  # (B, H, T, K), rows sum to 1, keys in their order in the text
 
     A model that reads in pieces or in steps gives them piece by piece, step by step. A
-    Reformer that hashes never has them whole: ask reformer.look. A FeedbackTransformer
+    Reformer that hashes never has them whole: ask look. A FeedbackTransformer
     that was sped up has none to show. Record in eval mode: in training, the looks of a
     CompressiveTransformer's own loss stand among them.
     """
@@ -269,3 +271,25 @@ def record_attention(model):
         for hook in hooks:
             hook.remove()
         leave()
+
+
+@torch.no_grad()
+def look(model, tokens):
+    """Where each layer of a Reformer looks in evaluation.
+
+    One tensor of weights a layer, (B, H, T, T), in the order of the text.
+    """
+    weights, training = [], model.training
+
+    def record(block, args, _):
+        q, k, _ = block.heads(args[0])
+        weights.append(attention_weights(q, k, block.hash(q, block.seed), block.settings))
+
+    hooks = [block.register_forward_hook(record) for block in model.blocks[::2]]
+    try:
+        model.eval()(tokens)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return weights

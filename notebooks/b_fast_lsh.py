@@ -1,0 +1,541 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # B. Appendix: what makes hashed attention fast
+
+# %% [markdown] tags=["badges"]
+# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/b_fast_lsh.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/b_fast_lsh.ipynb)
+
+# %% [markdown]
+# Chapter 4 computes hashed attention in the plainest way that is not slow. This appendix computes the same numbers about twice as fast, in
+# three steps: **labels** of 16 bits that decide who sees whom, exponentials of **base 2**, and scores that are **computed again** in the
+# backward pass instead of being kept. Each step is measured. At the end one call installs all of it in a Reformer:
+# `fast_lsh.speed_up(model)`.
+#
+# **When you have read it, you can** find out where the time of a tensor program goes, write a backward pass by hand for a softmax that is
+# split into parts, and say what each trick buys.
+#
+# **You need** chapter 4, up to section 4.5. **Time and memory:** less than 2 minutes and 1 GiB on two CPU cores.
+
+# %% tags=["colab-install"]
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.check_call([*pip, "pooch", "git+https://github.com/memtx-minimal/memtx-minimal"])
+
+# %% tags=["setup"]
+import copy
+import math
+import time
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from memtx_minimal import figures, inputs, measure, training
+from memtx_minimal.reformer import (
+    SELF, LSHAttention, Reformer, Settings, hash_vectors, in_set, lsh_attention,
+    round_mask,
+)  # fmt: skip
+
+started = time.perf_counter()
+figures.use_style()
+device, SEED = training.best_device(), 0
+print(f"PyTorch {torch.__version__} on {device}")
+
+# %% [markdown]
+# Letters as in chapter 4: `B` texts, `T` tokens, `H` heads, `R` rounds, `c` tokens in a chunk. New here: the vectors of all texts and heads
+# are laid one after the other, as `N = B * H * T` **rows**; they make `G = N / c` chunks, of which `g` are handled at a time.
+#
+# ## B.1 Where the time goes
+#
+# One layer's attention for a text of 4,096 tokens, two rounds, chunks of 64, four heads of 32.
+
+# %%
+T, c, R = 4096, 64, 2
+torch.manual_seed(SEED)
+q, v = torch.randn(2, 1, 4, T, 32, device=device).unbind()  # (B, H, T, d_head)
+q, v = q.requires_grad_(), v.requires_grad_()
+buckets = hash_vectors(q.detach(), 2 * T // c, R, seed=SEED)  # (R, B, H, T)
+settings = Settings(c)
+
+
+def ms(run, rounds=5):
+    """Median time in milliseconds."""
+    return 1e3 * measure.seconds(run, warmup=1, rounds=rounds, device=device)
+
+
+def plain():
+    return lsh_attention(q, F.normalize(q, dim=-1), v, buckets, settings)
+
+
+order = buckets.argsort(dim=-1, stable=True)
+chunk = order.argsort(dim=-1) // c
+mask = lambda: round_mask(0, q.detach(), buckets.int(), order, chunk, settings)
+cost = {"forward": ms(plain), "of these, the masks": R * ms(mask)}
+cost["forward and backward"] = ms(lambda: plain().sum().backward())
+for name, value in cost.items():
+    print(f"{name:21} {value:6.1f} ms")
+
+# %% [markdown]
+# A large part of the forward pass decides who sees whom, and the rest is mostly exponentials. Those are the first two steps.
+#
+# ## B.2 Codes: one small number instead of two comparisons
+#
+# Chapter 4 compares buckets and chunks, both of them whole tensors of integers. Give each token one number instead, its **code**: twice its
+# bucket, plus its chunk. Then $j$ is in $i$'s set, the future aside, exactly if $\text{code}_i - \text{code}_j$ is 0 or 1. Why?
+#
+# - Same bucket, same chunk: the codes are equal. Same bucket, $j$ one chunk earlier: they differ by 1. Two chunks earlier: by 2 or more.
+# - Another bucket: tokens are sorted by bucket, so a later bucket never lies in an earlier chunk. If $i$'s bucket is the larger one, twice
+#   the bucket grows by at least 2 and the chunk does not fall: the difference is 2 or more. If it is the smaller one, it is $-2$ or less.
+#
+# Here are the twelve tokens of chapter 4 (chunks of 4, round 1) with their codes:
+
+# %%
+TEXT, small = "abracadabra!", [4, 4, 3, 4, 3, 0, 1, 4, 4, 3, 4, 0]
+by_bucket = sorted(range(12), key=lambda i: (small[i], i))
+codes = {i: 2 * small[i] + place // 4 for place, i in enumerate(by_bucket)}
+for name, row in [("sorted", TEXT), ("bucket", small), ("code", codes)]:
+    print(f"{name:7}", *(f"{row[i]:>2}" for i in by_bucket))
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+difference = torch.tensor([[codes[i] - codes[j] for j in by_bucket] for i in by_bucket])
+figure, axes = plt.subplots(figsize=(4.6, 4.2))
+figures.matrix(axes, ((difference == 0) | (difference == 1)).float(), cmap="Blues", vmin=0, vmax=1.6, xlabel="key, sorted", ylabel="query, sorted")
+for i in range(12):
+    for j in range(12):
+        axes.text(j, i, int(difference[i, j]), ha="center", va="center", fontsize=7)
+axes.set_xticks(range(12), labels=[TEXT[i] for i in by_bucket])
+axes.set_yticks(range(12), labels=[TEXT[i] for i in by_bucket])
+axes.set_title("code of the query minus code of the key")
+figures.show(
+    figure,
+    "Differences of codes for twelve sorted tokens: they are 0 or 1, in blue, exactly for pairs of one bucket in the same chunk or in the chunk "
+    "before, and at least 2 away from 0 for other buckets.",
+)
+
+# %% tags=["from-module"]
+def sort_and_code(buckets, c, same_bucket=True):
+    """Sorts each head's tokens by bucket, then by position, and gives each one a code.
+
+    (R, B, H, T) -> order (R, N): which row comes n-th; code (R, N): row i finds row j
+    where code_i - code_j is 0 or 1.
+    """
+    T, rows = buckets.size(3), buckets.flatten(1, 2).int()  # (R, B * H, T)
+    heads = torch.arange(rows.size(1), device=rows.device)[:, None]
+    keys = (rows + heads * (1 + rows.max())).flatten(1)  # (R, N), head by head
+    order = torch.stack([key.argsort(stable=True) for key in keys])
+    chunk = torch.arange(order.size(1), device=order.device) % T // c  # (N,)
+    chunk = torch.empty_like(order).scatter_(1, order, chunk.expand_as(order))
+    return order, chunk + 2 * rows.flatten(1) if same_bucket else chunk
+
+# %% [markdown]
+# Codes are small: of the order of twice the number of buckets. They fit in 16 bits, and so do positions up to 32,767. A comparison of 16-bit
+# numbers moves a quarter of the bytes of one of 64 bits, and the processor handles four times as many at once. Shifting a difference right by
+# one bit, in place, gives 0 for 0 and 1, and something else for everything else: one operation for two comparisons.
+
+# %%
+G = 4 * T // c
+wide = [torch.randint(128, (G, *shape)) for shape in 2 * [(c, 1)] + 2 * [(1, 2 * c)]]
+x, y = wide[0], wide[2]
+a, b = x.to(torch.int16), y.to(torch.int16)
+steps = {
+    "bucket and chunk,\n64 bits": lambda: in_set(*wide),
+    "difference of codes,\n64 bits": lambda: (x - y).bitwise_right_shift_(1).eq_(0),
+    "difference of codes,\n16 bits": lambda: (a - b).bitwise_right_shift_(1).eq_(0),
+}
+compared = {name: ms(run, 9) for name, run in steps.items()}
+for name, value in compared.items():
+    print(f"{name:30}".replace("\n", " "), f"{value:5.2f} ms")
+two_comparisons, _, one_difference = compared.values()
+assert one_difference < two_comparisons
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(5.6, 3))
+figures.bars(axes, compared, ylabel="ms", number="{:.2f}")
+axes.set_title(f"Who is in whose set: {G * 2 * c * c:,} pairs")
+figures.show(figure, "Time to decide who is in whose set for two million pairs: a difference of 16-bit codes takes a small part of the time of two comparisons of 64-bit numbers.")
+
+# %% [markdown]
+# ## B.3 Exponentials in base 2
+#
+# $e^x = 2^{x \log_2 e}$, so a softmax may be computed in base 2 if all scores are multiplied by $\log_2 e$. That factor goes into the matrix
+# product, where it costs nothing. What does it buy? On some processors `exp` takes a slow path for the very negative numbers of masked
+# scores, and `exp2` does not. Try it on yours:
+
+# %%
+scores = torch.randn(G, c, 2 * c, device=device)
+masked = torch.where(torch.rand_like(scores) < 0.8, -1e9, scores)  # most are hidden
+exponentials = {
+    f"{name}, {kind}": ms(lambda f=f, x=x: f(x), 9)
+    for name, f in [("exp", torch.exp), ("exp2", torch.exp2)]
+    for kind, x in [("plain", scores), ("masked", masked)]
+}
+print(", ".join(f"{name} {value:.2f} ms" for name, value in exponentials.items()))
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(5.6, 3))
+figures.bars(axes, exponentials, ylabel="ms", number="{:.2f}")
+axes.set_title(f"Exponentials of {masked.numel():,} scores")
+figures.show(
+    figure,
+    f"Time of two million exponentials: exp takes {exponentials['exp, masked']:.1f} ms on masked scores, exp2 {exponentials['exp2, masked']:.1f} ms; on scores "
+    "that are not masked they are nearer together.",
+)
+
+# %% [markdown]
+# The numbers are $-10^9$ and not minus infinity because a difference of infinities is not a number, and differences are what the next
+# function takes. There is one of them only where a query has seen nothing at all.
+
+# %%
+NEVER = -1e9  # in place of -inf: a finite number has a difference to every other
+LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x)
+PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
+
+# %% [markdown]
+# Now the rows. `order` says which row comes n-th; its inverse says where each row comes. `windows` joins each chunk to the one before, as a
+# view: nothing is copied twice. Rows of all heads lie in one line, so the first chunk of a head finds the last one of *another* head before
+# it. That must never be seen.
+
+# %% tags=["from-module"]
+def inverse(order):
+    """Where each row comes, given which row comes n-th: (N,) -> (N,)."""
+    places = torch.arange(len(order), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places)
+
+# %% tags=["from-module"]
+def chunks(x, order, c):
+    """Sorted rows, chunk by chunk: (N, d) -> (G, c, d)."""
+    return x.index_select(0, order).unflatten(0, (-1, c))
+
+# %% tags=["from-module"]
+def windows(x, order, c):
+    """The same, each with the chunk before it: (N, d) -> (G, d, 2c), a view."""
+    return x.index_select(0, torch.cat([order[:c], order])).unfold(0, 2 * c, c)
+
+# %%
+rows = torch.arange(8)[:, None]  # 8 rows that are sorted already, d = 1
+print(windows(rows, torch.arange(8), c=2).squeeze(1).tolist())
+
+# %% [markdown]
+# The scores of a round, a few chunks at a time, so that they stay in the processor's cache. The labels of a row are its codes in all rounds
+# and, as the last one, its position. Before a head's first chunk the position is set to `T`, the future of all. $-\log N_{i,j}$ is not added
+# to the score: the exponential is divided by $N_{i,j}$ later, which is the same and needs no logarithm.
+
+# %% tags=["from-module"]
+def masked_scores(q, k, order, labels, r, c, T, count_once):
+    """Round r by eq. 16, some chunks at a time: their slice, q, k, scores and N_ij.
+
+    labels (N, R + 1): the codes of all rounds, and the positions. q (g, c, d), k (g, d,
+    2c); scores (g, c, 2c), in base 2 and without -log N_ij: divide their exponentials.
+    """
+    q, k = chunks(q, order[r], c), windows(k, order[r], c)
+    a = chunks(labels, order[r], c)  # (G, c, R + 1)
+    b = windows(labels, order[r], c).contiguous()  # (G, R + 1, 2c)
+    b[:: T // c, -1, :c] = T  # before a head's first chunk lies nothing: call it future
+    self_mask = F.pad(SELF * torch.eye(c).to(q), (c, 0))  # (c, 2c)
+    others = [o for o in range(len(order)) if o != r and count_once]
+    for start in range(0, len(q), max(1, PAIRS // (2 * c * c))):
+        s = slice(start, start + max(1, PAIRS // (2 * c * c)))
+        difference = lambda n: a[s, :, n, None] - b[s, n, None]  # (g, c, 2c)
+        scores = torch.baddbmm(self_mask, q[s], k[s], beta=LOG2E, alpha=LOG2E)
+        outside = difference(r).bitwise_right_shift_(1)  # 0 if the difference is 0 or 1
+        outside |= difference(-1).lt_(0)  # in the future
+        scores.sub_(outside.ne_(0), alpha=-NEVER)
+        N_ij = 1 + sum(difference(o).bitwise_right_shift_(1).eq_(0) for o in others)
+        yield s, q[s], k[s], scores, torch.as_tensor(N_ij).to(q)
+
+# %% [markdown]
+# ## B.4 Forward: sums that can be added up
+#
+# A round returns what is needed to add rounds up: for each row its largest score, the sum of its weights and the weighted sum of values. The
+# weights are *not* normalised: with $m$ for the largest score, $p_{ij} = 2^{s_{ij} - m_i} / N_{i,j}$.
+
+# %% tags=["from-module"]
+def attend(q, k, v, order, labels, r, *how):
+    """Round r: each row's top score (N, 1), sum of weights (N, 1), weighted sum (N, d).
+
+    A weight is 2 ** (score - top) / N_ij: they do not sum to 1.
+    """
+    v, parts = windows(v, order[r], how[0]).mT, []  # (G, 2c, d)
+    for s, _, _, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
+        top = scores.amax(dim=-1, keepdim=True)  # (g, c, 1)
+        p = scores.sub_(top).exp2_().div_(N_ij)  # (g, c, 2c)
+        parts.append((top, p.sum(dim=-1, keepdim=True), p @ v[s]))
+    place = inverse(order[r])
+    parts = (torch.cat(part).flatten(0, 1) for part in zip(*parts))  # (N, ...), sorted
+    return [part.index_select(0, place) for part in parts]
+
+# %% [markdown]
+# ## B.5 Backward: compute it again
+#
+# What is the gradient? With $P_{ij}$ for the final, normalised weights over all rounds, $o_i = \sum_j P_{ij} v_j$ and $do_i$ for the gradient
+# that comes in, any softmax attention has
+#
+# $$
+# dv_j = \sum_i P_{ij}\, do_i , \qquad
+# ds_{ij} = P_{ij} \left( do_i \cdot v_j - do_i \cdot o_i \right) , \qquad
+# dq_i = \sum_j ds_{ij}\, k_j , \qquad dk_j = \sum_i ds_{ij}\, q_i .
+# $$
+#
+# Everything follows from $P$, and $P$ follows from $q$, $k$, the largest score of each row and the sum of its weights: two numbers a row. So
+# no scores need to be kept. `total`, the sum of weights, is divided into `d_out` once, so that the unnormalised $p$ will do for $P$. ($\log_2
+# e$ does not appear: $s$ is the score in base $e$, and only its exponential was computed in base 2.)
+
+# %% tags=["from-module"]
+def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
+    """What round r adds to the gradients of q, k and v, each (N, d)."""
+    c, v, parts = how[0], windows(v, order[r], how[0]), []
+    d_out, shift, top = (chunks(x, order[r], c) for x in (d_out, shift, top))
+    for s, q_, k_, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
+        p = scores.sub_(top[s]).exp2_().div_(N_ij)  # (g, c, 2c)
+        d_scores = (d_out[s] @ v[s]).sub_(shift[s]).mul_(p)  # of scores in base e
+        parts.append((d_scores @ k_.mT, d_scores.mT @ q_, p.mT @ d_out[s]))
+    dq, dk, dv = map(torch.cat, zip(*parts))  # (G, c, d), (G, 2c, d), (G, 2c, d)
+    for d in (dk, dv):
+        d[:-1, c:] += d[1:, :c]  # the next chunk looks back; 0 from another head's
+    place = inverse(order[r])
+    return [d[:, -c:].flatten(0, 1).index_select(0, place) for d in (dq, dk, dv)]
+
+# %% [markdown]
+# A window's keys belong to two chunks: the gradient of its first half belongs to the chunk before, and `d[:-1, c:] += d[1:, :c]` puts it
+# there. At the edge of two heads that adds what the first chunk of one head gave to the last of another: zero, because nothing was seen
+# there.
+#
+# `how`, in all these functions, are the chunk, the length and whether keys count once. Autocast is kept out, so that both passes get the same
+# scores.
+
+# %% tags=["from-module"]
+def full_precision(method):
+    """Keeps autocast out of forward and backward, which must get the same scores."""
+
+    def outside_autocast(ctx, x, *rest):
+        with inputs.autocast(x.device.type, enabled=False):
+            return method(ctx, x, *rest)
+
+    return outside_autocast
+
+# %% [markdown]
+# The autograd function adds rounds up as equations 13 to 15 do, with sums in place of their logarithms: $o = \sum_r \text{out}_r / \sum_r
+# \text{total}_r$, after bringing all to one largest score.
+
+# %% tags=["from-module"]
+class HashedAttention(torch.autograd.Function):
+    """Softmax over the keys that rounds find: q, k, v (N, d) -> (N, d). Eq. 13 to 16.
+
+    Keeps no scores: the backward pass computes them again. Rounds are added up: with
+    sums of weights total_r and weighted sums out_r, o = sum_r out_r / sum_r total_r.
+    """
+
+    @staticmethod
+    @full_precision
+    def forward(ctx, q, k, v, order, labels, *how):
+        top, total, out = q.new_full((len(q), 1), 2 * NEVER), 0, 0
+        for r in range(len(order)):
+            new, t, o = attend(q, k, v, order, labels, r, *how)
+            old, top = top, torch.maximum(top, new)
+            total = total * (old - top).exp2() + t * (new - top).exp2()
+            out = out * (old - top).exp2() + o * (new - top).exp2()
+        out = out / total
+        ctx.save_for_backward(q, k, v, order, labels, top, total, out)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx, d_out):
+        q, k, v, order, labels, top, total, out = ctx.saved_tensors
+        d_out = d_out / total
+        shift = (d_out * out).sum(dim=-1, keepdim=True)  # (N, 1)
+        known, grads = (d_out, shift, top), [torch.zeros_like(x) for x in (q, k, v)]
+        for r in range(len(order)):
+            more = attend_backward(*known, q, k, v, order, labels, r, *ctx.how)
+            for grad, d in zip(grads, more):
+                grad += d
+        return *grads, None, None, None, None, None
+
+# %% tags=["from-module"]
+def fast_attention(q, k, v, buckets, settings):
+    """The same as reformer.lsh_attention: q, k, v (B, H, T, d_head) -> as v."""
+    inputs.check_attention(q, k, v, buckets)
+    T, c = q.size(2), settings.chunk_len
+    pad = -T % c
+    buckets = F.pad(buckets.int(), (0, pad), value=int(buckets.max()) + 1)
+    order, code = sort_and_code(buckets, c, settings.same_bucket)
+    position = torch.arange(code.size(1), device=q.device) % (T + pad)  # (N,)
+    labels = torch.cat([code, position[None]]).T  # (N, R + 1)
+    small = torch.int16 if labels.max() + 1 < 2**15 else torch.int32
+    labels = labels.to(small).contiguous()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = [F.pad(x.to(wide), (0, 0, 0, pad)).flatten(0, 2) for x in (q, k, v)]
+    how = c, T + pad, settings.count_once
+    out = HashedAttention.apply(*rows, order, labels, *how)  # (N, d_head)
+    return out.view(*v.shape[:2], T + pad, -1)[:, :, :T].to(v.dtype)
+
+# %%
+def fast():
+    return fast_attention(q, F.normalize(q, dim=-1), v, buckets, settings)
+
+
+class Holder(torch.nn.Module):
+    """For measure.bytes_for_backward: nothing of its own."""
+
+
+kept, spent = {}, {}
+for name, run in [("plain", plain), ("fast", fast)]:
+    kept[name] = measure.bytes_for_backward(Holder(), run) / 2**20
+    spent[name] = forward, both = ms(run), ms(lambda: run().sum().backward())
+    print(f"{name:5} forward {forward:6.1f} ms, with backward {both:6.1f} ms,", end=" ")
+    print(f"keeps {kept[name]:6.1f} MiB")
+assert spent["fast"][1] < spent["plain"][1] and kept["fast"] < 0.3 * kept["plain"]
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(7, 3))
+figures.bars(axes[0], {name: both for name, (_, both) in spent.items()}, ylabel="forward and backward (ms)", number="{:.0f}")
+figures.bars(axes[1], kept, ylabel="kept for backward (MiB)", number="{:.0f}")
+figures.show(
+    figure,
+    f"Attention over 4,096 tokens with two rounds, plain and fast: {spent['plain'][1]:.0f} against {spent['fast'][1]:.0f} ms forward and backward, "
+    f"and {kept['plain']:.0f} against {kept['fast']:.0f} MiB kept, because no scores are.",
+)
+
+# %% [markdown]
+# The backward pass computes all scores once more and is still faster: to compute a few chunks of scores in the cache takes less time than to
+# fetch them from memory.
+#
+# ## B.6 The same numbers
+#
+# Fast is worth nothing if it is not the same. In float64, values and gradients, three rounds, a length that does not divide into chunks:
+
+# %%
+torch.manual_seed(SEED)
+q_, v_ = torch.randn(2, 2, 3, 50, 8, dtype=torch.float64, requires_grad=True)
+k_, h = F.normalize(q_, dim=-1), hash_vectors(q_.detach(), 14, n_rounds=3, seed=SEED)
+ways = fast_attention, lsh_attention
+outs = [attend(q_, k_, v_, h, Settings(8)) for attend in ways]
+pull = torch.randn_like(outs[0])
+grads = [torch.autograd.grad(out, (q_, v_), pull, retain_graph=True) for out in outs]
+pairs = [outs, *zip(*grads)]
+errors = [(x - y).abs().max() for x, y in pairs]
+print("largest differences:", *(f"{e:.0e}" for e in errors))
+assert max(errors) < 1e-10
+
+# %% [markdown]
+# To install it, every attention layer of a model gets the fast function in place of the plain one. Projections, hooks and hashing stay as
+# they are. A layer that is not a plain one might compute something else, and is refused.
+
+# %% tags=["from-module"]
+def speed_up(model):
+    """Installs fast_attention in all layers of a Reformer, in place, and returns it.
+
+    Nothing else changes: layers hash, project and call their hooks as before. A layer
+    that is not a plain LSHAttention may compute something else, and is refused.
+    """
+    if not isinstance(model, Reformer):
+        raise ValueError(f"speed_up takes a Reformer, not a {type(model).__name__}")
+    for n, block in enumerate(model.blocks[::2]):
+        where, kind = f"the attention of layer {n}", type(block)
+        if kind is not LSHAttention:
+            raise ValueError(f"{where} is a {kind.__name__}, not a plain LSHAttention")
+        if "forward" in vars(block):
+            raise ValueError(f"{where} has a forward of its own")
+        if block.attend not in (lsh_attention, fast_attention):
+            raise ValueError(f"{where} attends in a way of its own, by {block.attend}")
+    for block in model.blocks[::2]:
+        block.attend = fast_attention
+    return model
+
+# %%
+torch.manual_seed(SEED)
+model = Reformer(65, chunk_len=64, n_rounds=2, axial_shape=(64, 64)).to(device)
+tokens = torch.randint(65, (1, T), device=device)
+quick = speed_up(copy.deepcopy(model))
+seconds = {}
+for name, m in [("plain", model), ("fast", quick)]:
+    step = lambda: F.cross_entropy(m(tokens)[0].mT, tokens).backward()
+    seconds[name] = measure.seconds(step, warmup=1, rounds=3, device=device)
+    print(f"a step of the whole model, 4,096 tokens, {name}: {seconds[name]:.2f} s")
+print(f"{seconds['plain'] / seconds['fast']:.1f} times as fast")
+
+model.blocks[0].forward = lambda x, buckets=None: (x, None)
+try:
+    speed_up(model)
+except ValueError as error:
+    print("refused:", error)
+
+# %% [markdown]
+# ## B.7 Exercises
+#
+# 1. *(10 minutes)* Why must codes be *twice* the bucket plus the chunk? Find `wrong_pair()`: two pairs (bucket, chunk), query first, that a
+#    sorted row can hold and that `bucket + chunk` would take for one set although the buckets differ. Check it with
+#    `check_pair(wrong_pair())`.
+# 2. *(15 minutes)* Write `add_rounds(tops, totals, outs)`, lists with one tensor (N, 1), (N, 1), (N, d) a round, that gives $o$, without a
+#    loop over rounds. Check it with `check_rounds(add_rounds)`.
+# 3. *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does
+#    the size of its cache say? (No check: it depends on the machine.)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+def check_pair(pairs):
+    """Exercise 1."""
+    (bucket_i, chunk_i), (bucket_j, chunk_j) = pairs
+    assert bucket_i != bucket_j, "the buckets must differ"
+    assert (bucket_i - bucket_j) * (chunk_i - chunk_j) >= 0, "a later bucket never lies in an earlier chunk"
+    assert bucket_i + chunk_i - bucket_j - chunk_j in (0, 1), "bucket + chunk keeps these two apart"
+    print("right")
+
+
+def check_rounds(add_rounds):
+    """Exercise 2."""
+    torch.manual_seed(SEED)
+    scores, values = torch.randn(3, 5, 4), torch.randn(3, 4, 2)
+    tops = list(scores.amax(-1, keepdim=True))
+    totals = [(s - m).exp2().sum(-1, keepdim=True) for s, m in zip(scores, tops)]
+    outs = [(s - m).exp2() @ x for s, m, x in zip(scores, tops, values)]
+    weights = (torch.cat(list(scores), dim=-1) * math.log(2)).softmax(-1)
+    right, mine = weights @ torch.cat(list(values)), add_rounds(tops, totals, outs)
+    assert torch.allclose(mine, right, atol=1e-6), f"off by {(mine - right).abs().max():.1e}: are all rounds brought to one largest score?"
+    print("right")
+
+# %% [markdown]
+# <details><summary>Solutions</summary>
+#
+# ```python
+# # 1
+# def wrong_pair():
+#     return (1, 0), (0, 0)
+#
+# # 2
+# def add_rounds(tops, totals, outs):
+#     tops, totals, outs = (torch.stack(x) for x in (tops, totals, outs))
+#     share = (tops - tops.amax(dim=0)).exp2()
+#     return (share * outs).sum(dim=0) / (share * totals).sum(dim=0)
+# ```
+#
+# </details>
+#
+# ## References
+#
+# - T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Ré: [FlashAttention](https://arxiv.org/abs/2205.14135). NeurIPS 2022. Sums that can be added up,
+#   and scores that are computed again.
+# - M. Milakov, N. Gimelshein: [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867). 2018.
+
+# %%
+minutes = (time.perf_counter() - started) / 60
+peak_memory = measure.process_peak_bytes() / 2**30
+print(f"this run: {minutes:.1f} minutes, peak memory {peak_memory:.2f} GiB")
