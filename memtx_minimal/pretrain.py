@@ -388,7 +388,6 @@ SIZES = {
     "piece_len": "tokens computed at once in the feed-forward",
     "shared_kv": "one projection to keys and values for all layers",
     "reversible": "keep no activations",
-    "by_hand": "the backward pass that is written by hand",
 }  # fmt: skip
 
 

@@ -30,9 +30,6 @@ ROWS = {  # as in the page's table
     "Compressive Transformer": lambda: CompressiveTransformer(
         **SMALL, mem_len=M, compressed_len=2, compression_rate=2
     ),
-    "Feedback Transformer, `by_hand=False`": lambda: FeedbackTransformer(
-        **SMALL, mem_len=M, by_hand=False
-    ),
     "Feedback Transformer": lambda: FeedbackTransformer(**SMALL, mem_len=M),
     "Reformer, `reversible=False`": lambda: Reformer(
         **SMALL, chunk_len=1, axial_shape=(1, 3), reversible=False

@@ -45,7 +45,6 @@ def options(T):
 
 PLAIN_IF_FALSE = [  # model, option that is True for a backward pass of its own, others
     ("reformer", "reversible", dict(dropout=0.2)),
-    ("feedback_transformer", "by_hand", {}),
 ]
 
 
