@@ -388,7 +388,7 @@ def test_what_cannot_be_hashed_or_attended_is_refused():
     wrong = {
         "differ: k": (q, k[:, :, :8], v, buckets), "differ: v": (q, k, v[:1], buckets), "use one number": (q, k[..., :3], v, buckets),
         "buckets": (q, k, v, buckets[..., :8]), "pass integers": (q, k, v, buckets.float()), "no round": (q, k, v, buckets[:0]),
-        "q: torch.int64": (k.long(), k, v, buckets), "v: torch.int64": (q, k, v.detach().long(), buckets), "none of them 0": (q[:0], k[:0], v[:0], buckets[:, :0]),
+        "q: torch.int64": (k.long(), k, v, buckets), "v: torch.int64": (q, k, v.detach().long(), buckets), "none 0": (q[:0], k[:0], v[:0], buckets[:, :0]),
     }  # fmt: skip
     for message, given in wrong.items():
         with pytest.raises(ValueError, match=message):
