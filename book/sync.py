@@ -344,7 +344,7 @@ def sync(root=ROOT, check=False, take=()):
             if not check:
                 write(copy, picture)
     for path in [root / "README.md", *(root / file for file in LINES)]:
-        text, changes, faults = sync_text(path, url, [name for name in names if name[0].isdigit()])
+        text, changes, faults = sync_text(path, url, names)
         if changes and not check:
             write(path, text)
         drift, broken = drift + changes, broken + faults

@@ -45,6 +45,8 @@ def check_sizes(given, even=()):
 
 def check_multiple(name, value, of, step):
     """Refuse a value that is not one, two, three ... times another."""
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r} is not a whole number")
     if value < 1 or value % step:
         below = value // step * step
         use = " or ".join(str(n) for n in (below, below + step) if n > 0)

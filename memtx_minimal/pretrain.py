@@ -446,8 +446,9 @@ def stop_by_signal():
     caught = []
 
     def catch(number, _):
-        caught.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if caught and time.monotonic() - caught[0] > 1:  # launchers send two
+            raise KeyboardInterrupt
+        caught.append(time.monotonic())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)

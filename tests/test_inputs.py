@@ -257,6 +257,7 @@ def test_heads_of_odd_width(cls):
 
 @pytest.mark.parametrize("name, kw", [("xl", {"clamp_len": 0}), ("xl", {"mem_len": 2.5}),
                                       ("compressive", {"mem_len": 0}),
+                                      ("compressive", {"mem_len": 4.0}),
                                       ("compressive", {"compressed_len": -1}),
                                       ("feedback", {"mem_len": 0})])  # fmt: skip
 def test_lengths_changed_later_are_checked_too(name, kw):
