@@ -77,9 +77,11 @@ def colab_install(url, name):
     return f"""import subprocess
 import sys
 
-if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
+if "google.colab" in sys.modules:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.check_call([*pip, "pooch", "git+{url}"])"""
+    package = "git+{url}"
+    subprocess.check_call([*pip, "pooch", package])"""
 
 
 def readme_links(url, names):

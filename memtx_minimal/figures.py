@@ -177,6 +177,31 @@ def buckets(axes, edges, mass, *, xlabel, ylabel):
     axes.legend()
 
 
+def rows(text, rows):
+    """Characters side by side in rows, one below the other: a new figure.
+
+    rows: (title, order, colours, c): which character comes n-th, the colour of each
+    character of the text, and, if not None, the length of chunks: gaps between them,
+    and arrows from each chunk to the one before.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 0.6 + 0.75 * len(rows)))
+    for y, (title, order, colours, c) in enumerate(reversed(rows)):
+        axes.text(-0.4, y + 0.42, title, fontsize=8)
+        for place, i in enumerate(order):
+            x = place + (0.7 * (place // c) if c else 0)
+            axes.scatter(x, y, marker="s", s=170, color=colours[i])
+            look = dict(ha="center", va="center", color="white", fontsize=9)
+            axes.text(x, y, text[i], **look)
+        for n in range(1, len(text) // c if c else 0):
+            here, look = n * (c + 0.7) + (c - 1) / 2, dict(arrowstyle="->", color="black")
+            look |= dict(connectionstyle="arc3,rad=-0.3")
+            ends = (here - c - 0.7, y - 0.3), (here, y - 0.3)
+            axes.annotate("", *ends, arrowprops=look)
+    axes.set(xlim=(-0.7, len(text) + 1), ylim=(-0.75, len(rows) - 0.2))
+    axes.axis("off")
+    return figure
+
+
 def unrolled(axes, n_layers, n_positions, *, now, cached=(), sees=lambda i: (), title=""):
     """A network unrolled over the text: positions across, layers up (0 is the embedding).
 

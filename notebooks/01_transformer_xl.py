@@ -42,9 +42,11 @@
 import subprocess
 import sys
 
-if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
+if "google.colab" in sys.modules:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.check_call([*pip, "pooch", "git+https://github.com/memtx-minimal/memtx-minimal"])
+    package = "git+https://github.com/memtx-minimal/memtx-minimal"
+    subprocess.check_call([*pip, "pooch", package])
 
 # %% tags=["setup"]
 import math

@@ -44,9 +44,11 @@
 import subprocess
 import sys
 
-if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
+if "google.colab" in sys.modules:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.check_call([*pip, "pooch", "git+https://github.com/memtx-minimal/memtx-minimal"])
+    package = "git+https://github.com/memtx-minimal/memtx-minimal"
+    subprocess.check_call([*pip, "pooch", package])
 
 # %% tags=["setup"]
 import time
@@ -589,12 +591,12 @@ answers = [
 figures.table("One game of the card task", ["token", "answer"], zip(words, answers))
 
 # %% [markdown]
-# Three models learn it, first in short games, then in games of 24 events: a Feedback Transformer
+# Three models learn it, first in games of 2 events, at last in games of 24: a Feedback Transformer
 # of two layers (one look for the place of the ball, the next for the letter of that place), a
 # vanilla transformer of the same depth, and an Elman network of the same number of parameters.
 
 # %% tags=["band"]
-CARD_LESSONS = [(6, 700, 5e-3), (24, 60, 2e-3)]
+CARD_LESSONS = [(2, 500, 5e-3), (4, 300, 5e-3), (12, 100, 3e-3), (24, 80, 2e-3)]
 CARD = dict(vocab_size=tasks.CARD_VOCAB, d_model=64, n_heads=4, d_ff=256, n_layers=2)
 
 
@@ -632,9 +634,11 @@ card_band = bands.load("03_card_scores", text=None)
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def by_question(scores):
     """{model: (..., 2)} -> {"place: model": (...), ..., "letter: model": (...)}."""
-    kinds = enumerate(("place", "letter"))
-    pairs = [(k, kind, name) for k, kind in kinds for name in scores]
-    return {f"{kind}: {name}": np.array(scores[name])[..., k] for k, kind, name in pairs}
+    by_kind = {}
+    for k, kind in enumerate(("place", "letter")):
+        for name, values in scores.items():
+            by_kind[f"{kind}: {name}"] = np.array(values)[..., k]
+    return by_kind
 
 
 figure, axes = plt.subplots(figsize=(6.4, 4.4))
@@ -1274,6 +1278,8 @@ figures.show(
 # matrices, and the model is a recurrent network with a feed-forward inside.
 #
 # </details>
+
+# %% [markdown]
 # <details><summary>Solution 3</summary>
 #
 # `learn(model, [(32, 1000, 3e-3)])` gets much farther than 160 steps do. Lessons save time; they are
@@ -1294,6 +1300,8 @@ figures.show(
 # way back.
 #
 # </details>
+
+# %% [markdown]
 # <details><summary>Solution 5</summary>
 #
 # ```python
@@ -1321,7 +1329,8 @@ figures.show(
 # the cost, as in looped transformers.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## References
 #
 # - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar (2020): [Addressing Some Limitations of

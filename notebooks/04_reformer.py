@@ -38,9 +38,11 @@
 import subprocess
 import sys
 
-if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
+if "google.colab" in sys.modules:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.check_call([*pip, "pooch", "git+https://github.com/memtx-minimal/memtx-minimal"])
+    package = "git+https://github.com/memtx-minimal/memtx-minimal"
+    subprocess.check_call([*pip, "pooch", package])
 
 # %% tags=["setup"]
 import math
@@ -53,7 +55,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx_minimal import corpora, figures, inputs, measure, tasks, training
+from memtx_minimal import (
+    bands, corpora, exercises, figures, inputs, measure, tasks, training,
+)  # fmt: skip
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
 started = time.perf_counter()
@@ -79,53 +83,25 @@ print(f"PyTorch {torch.__version__} on {device}")
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 TEXT, c = "abracadabra!", 4
-COLOURS = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, "#56B4E9", "#E69F00"]
-
-
-def draw_row(axes, y, order, buckets, gap=0.0):
-    """Tokens side by side, in this order, with a gap after each chunk."""
-    for place, i in enumerate(order):
-        x = place + gap * (place // c)
-        axes.scatter(x, y, marker="s", s=170, color=COLOURS[buckets[i]] if buckets else "#999999")
-        axes.text(x, y, TEXT[i], ha="center", va="center", color="white", fontsize=9)
-
-
-def draw_arrows(axes, y):
-    """From each chunk to the one before it."""
-    look = dict(arrowstyle="->", connectionstyle="arc3,rad=-0.3", color="black")
-    for n in range(1, len(TEXT) // c):
-        here = n * (c + 0.7) + (c - 1) / 2
-        axes.annotate("", (here - c - 0.7, y), (here, y), arrowprops=look)
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
+COLOURS = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK]
+COLOURS += ["#56B4E9", "#E69F00"]
 buckets = [4, 4, 3, 4, 3, 0, 1, 4, 4, 3, 4, 0]  # section 4.2 computes them
-by_bucket = sorted(range(12), key=lambda i: (buckets[i], i))
-frames = [
-    ("the text", range(12), None, 0), ("1. hash: a colour for each token", range(12), buckets, 0),
-    ("2. sort by colour", by_bucket, buckets, 0), ("3. cut, and look at two chunks", by_bucket, buckets, 0.7),
-    ("4. put the results back", range(12), buckets, 0),
+text, by_bucket = range(12), sorted(range(12), key=lambda i: (buckets[i], i))
+coloured = [COLOURS[n] for n in buckets]
+rows = [
+    ("the text", text, ["#999999"] * 12, None),
+    ("1. hash: a colour for each token", text, coloured, None),
+    ("2. sort by colour", by_bucket, coloured, None),
+    ("3. cut, and look at two chunks", by_bucket, coloured, c),
+    ("4. put the results back", text, coloured, None),
 ]
-
-
-def frame(rows):
-    """Some of the rows above, one below the other."""
-    figure, axes = plt.subplots(figsize=(6.4, 0.6 + 0.75 * len(rows)))
-    for y, (title, order, colours, gap) in enumerate(reversed(rows)):
-        axes.text(-0.4, y + 0.42, title, fontsize=8)
-        draw_row(axes, y, order, colours, gap)
-        if gap:
-            draw_arrows(axes, y - 0.3)
-    axes.set(xlim=(-0.7, 13), ylim=(-0.75, len(rows) - 0.2))
-    axes.axis("off")
-    return figure
-
-
 alt = (
-    "Twelve tokens get one of four colours, are sorted by colour and cut into three chunks of four; each chunk looks at "
-    "itself and the one before, so that tokens of one colour that the cut has parted still meet; then the order is restored."
+    "Sorted by the colour of their bucket and cut into three chunks of four, each of "
+    "which also looks at the chunk before, tokens of one colour meet even where a cut "
+    "has parted them; then the order of the text is restored."
 )
-figures.show_animation([frame([row]) for row in frames], alt, seconds=1.6)
-figures.show(frame(frames), alt)
+figures.show_animation([figures.rows(TEXT, [row]) for row in rows], alt, seconds=1.6)
+figures.show(figures.rows(TEXT, rows), alt)
 
 # %% [markdown]
 # ## 4.1 The problem: memory and time
@@ -160,7 +136,7 @@ def kept(model, tokens):
 vanilla = VanillaTransformer(**WIDE, max_len=1024).to(device)
 parameters = sum(p.nbytes for p in vanilla.parameters()) / MiB
 by_layers = kept(vanilla, text_of(1024))
-print(f"kept for the backward pass: {by_layers:.1f} MiB; the parameters: {parameters:.1f} MiB")
+print(f"kept for the backward pass: {by_layers:.1f} MiB; weights: {parameters:.1f} MiB")
 assert by_layers > 5 * parameters
 
 # %% [markdown]
@@ -249,24 +225,31 @@ for r in range(2):
 assert buckets[0, 0, 0].tolist() == [4, 4, 3, 4, 3, 0, 1, 4, 4, 3, 4, 0]  # as drawn
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-dense = torch.linspace(0, 2 * math.pi, 721)
-circle = torch.stack([dense.cos(), dense.sin()], dim=-1)[None, None]  # (1, 1, 721, 2)
+angles = torch.linspace(0, 2 * math.pi, 721)
+circle = torch.stack([angles.cos(), angles.sin()], dim=-1)[None, None]  # (1, 1, 721, 2)
 regions = hash_vectors(circle, n_buckets=6, n_rounds=2, seed=SEED)[:, 0, 0]
-directions = torch.randn(3, 2, 1, 1, 2, generator=torch.Generator().manual_seed(SEED))[:, :, 0, 0]  # as in hash_vectors
+generator = torch.Generator().manual_seed(SEED)  # as in hash_vectors
+directions = torch.randn(3, 2, 2, generator=generator)  # (b / 2, R, d_head)
 
 figure, both = plt.subplots(1, 2, figsize=(6.8, 3.5))
 for r, axes in enumerate(both):
     axes.scatter(*circle[0, 0].T, c=[COLOURS[n] for n in regions[r].tolist()], s=9)
     for n, way in enumerate([*directions[:, r], *-directions[:, r]]):
-        axes.annotate("", 0.9 * F.normalize(way, dim=0).numpy(), (0, 0), arrowprops=dict(arrowstyle="->", color=COLOURS[n]))
+        tip = 0.9 * F.normalize(way, dim=0).numpy()
+        look = dict(arrowstyle="->", color=COLOURS[n])
+        axes.annotate("", tip, (0, 0), arrowprops=look)
     for i, letter in enumerate(TEXT):
-        axes.text(*(1.13 + 0.09 * (i % 3)) * k[0, 0, i], letter, ha="center", va="center", fontsize=9)
-    axes.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal", title=f"round {r + 1}")
+        at = (1.13 + 0.09 * (i % 3)) * k[0, 0, i]
+        axes.text(*at, letter, ha="center", va="center", fontsize=9)
+    axes.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
+    axes.set_title(f"round {r + 1}")
     axes.axis("off")
 figures.show(
     figure,
-    "Two circles, each divided into arcs of the colour of the nearest of six directions. In round 1 a border runs through the "
-    "letters a: one a falls into another bucket, and b, a letter away, joins the others. In round 2 all five a are together, with !.",
+    "In round 1 a border runs through the letters a: one a falls into another bucket, "
+    "and b, a letter away, joins the others. In round 2 all five a are together, with "
+    "!. Each circle is divided into arcs of the colour of the nearest of six "
+    "directions.",
 )
 
 # %% [markdown]
@@ -299,12 +282,14 @@ for name, p in chances.items():
 figure, both = plt.subplots(1, 2, figsize=(7.2, 3), sharey=True)
 for axes, (name, p) in zip(both, chances.items()):
     meet = {f"{n} round{'s' * (n > 1)}": 1 - (1 - p) ** n for n in (1, 2, 4, 8)}
-    figures.curves(axes, grid, meet, xlabel="angle (degrees)", ylabel="chance to meet" if axes is both[0] else "")
+    figures.curves(axes, grid, meet, xlabel="angle (degrees)", ylabel="")
     axes.set_title(name)
+both[0].set_ylabel("chance to meet")
 figures.show(
     figure,
-    "The chance that two vectors share a bucket falls with the angle between them. In two dimensions eight rounds let nearly all "
-    "pairs meet, right angles included; in 24 dimensions with 16 buckets unrelated vectors seldom do.",
+    "The chance that two vectors share a bucket falls with the angle between them. In "
+    "two dimensions eight rounds let nearly all pairs meet, right angles included; in "
+    "24 dimensions with 16 buckets unrelated vectors seldom do.",
 )
 
 # %% [markdown]
@@ -357,19 +342,31 @@ print("the last a may look at:", *[f"{TEXT[j]}{j}" for j in keys])
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 near = in_set(bucket_i, chunk_i, bucket_j, chunk_j, same_bucket=False)[0, 0, 0]
-steps = {"its chunk, and the\none before": near, "... and the\nsame bucket": found[0, 0, 0], "... and not\nthe future": found[0, 0, 0] & past}
+steps = {"its chunk, and the\none before": near}
+steps["... and the\nsame bucket"] = found[0, 0, 0]
+steps["... and not\nthe future"] = found[0, 0, 0] & past
+rows = {"": torch.arange(12), ", sorted": order[0, 0, 0]}
+
+
+def named(axes, across, down):
+    """Letters for ticks: of the keys across, of the queries down."""
+    axes.set_xticks(range(len(across)), labels=across, fontsize=7)
+    axes.set_yticks(range(len(down)), labels=down, fontsize=7)
+
+
 figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.2))
-for row, names in enumerate([list(TEXT), [TEXT[i] for i in order[0, 0, 0]]]):
-    for ax, (title, mask) in zip(axes[row], steps.items()):
-        shown = mask if row == 0 else mask[order[0, 0, 0]][:, order[0, 0, 0]]
-        figures.matrix(ax, shown, title=title if row == 0 else "", cmap="Blues", vmin=0, vmax=1.5, xlabel="key" + ", sorted" * row,
-                       ylabel=("query" + ", sorted" * row) if ax is axes[row, 0] else "")
-        ax.set_xticks(range(12), labels=names, fontsize=7)
-        ax.set_yticks(range(12), labels=names, fontsize=7)
+for row, (which, at) in zip(axes, rows.items()):
+    letters = [TEXT[i] for i in at]
+    for ax, (title, mask) in zip(row, steps.items()):
+        look = dict(cmap="Blues", vmin=0, vmax=1.5, xlabel="key" + which)
+        figures.matrix(ax, mask[at][:, at], title="" if which else title, **look)
+        named(ax, letters, letters)
+    row[0].set_ylabel("query" + which)
 figures.show(
     figure,
-    "Masks of round 1, blue is allowed, in the order of the text above and sorted below. Scattered in the text, the allowed pairs "
-    "are blocks along the diagonal when sorted: two chunks wide at first, then squares of one bucket, then their lower triangles.",
+    "Allowed pairs are scattered in the order of the text; in sorted order they are "
+    "blocks along the diagonal, two chunks wide at first, then squares of one bucket, "
+    "then their lower triangles.",
 )
 
 # %% [markdown]
@@ -397,7 +394,7 @@ class Settings:
         inputs.check_sizes({name: value})
         object.__setattr__(self, name, value)
 
-# %%
+# %% tags=["band"]
 SELF = -1e5  # added to the score of a token with itself: the last resort
 
 # %% tags=["from-module"]
@@ -428,18 +425,6 @@ for name, weights in [("round 1 alone", one), ("two rounds", two), ("exact", exa
     row = enumerate(weights[10].tolist())
     row = [f"{TEXT[j]}{j} {w:.2f}" for j, w in row if w > 0.005]
     print(f"{name:13}: the last a looks at", ", ".join(row))
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots(1, 3, figsize=(7.4, 2.9), sharey=True)
-for ax, (title, weights) in zip(axes, {"exact": exact, "round 1": one, "two rounds": two}.items()):
-    figures.matrix(ax, weights, title=title, cmap="Blues", vmin=0, vmax=1, ylabel="query" if ax is axes[0] else "")
-    ax.set_xticks(range(12), labels=list(TEXT), fontsize=7)
-    ax.set_yticks(range(12), labels=list(TEXT), fontsize=7)
-figures.show(
-    figure,
-    "Attention weights of the twelve tokens. Exact attention spreads over equal letters and their neighbours on the circle; one round "
-    "misses some of them and gives the rest more; two rounds together come near to the exact picture.",
-)
 
 # %% [markdown]
 # ## 4.4 One round, chunk by chunk
@@ -548,24 +533,29 @@ def round_mask(r, q, buckets, order, chunk, settings):
     return mask.masked_fill_(i == j, SELF).masked_fill_((j > i) | ~mine, -math.inf)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-masks = [round_mask(r, q, buckets, order, chunk, settings)[0, 0] for r in range(2)]  # (C, c, 2c)
 figure, axes = plt.subplots(2, 3, figsize=(7.4, 4.4))
-colours = plt.matplotlib.colors.ListedColormap(["#eeeeee", "#cfe3f3", figures.BLUE, figures.ORANGE])
+colours = ["#eeeeee", "#cfe3f3", figures.BLUE, figures.ORANGE]
+cmap = plt.matplotlib.colors.ListedColormap(colours)
 for r, row in enumerate(axes):
-    sorted_text = [TEXT[i] for i in order[r, 0, 0]]
-    for n, ax in enumerate(row):
-        m = masks[r][n]
-        kind = torch.where(m == SELF, 1, torch.where(m == 0, 2, torch.where(m > SELF, 3, 0)))
-        figures.matrix(ax, kind, cmap=colours, vmin=0, vmax=3, ylabel=f"round {r + 1}, query" if n == 0 else "", xlabel="key" if r else "")
-        ax.set_title(f"chunk {n}", fontsize=9)
-        ax.set_xticks(range(2 * c), labels=["–"] * c + sorted_text[:c] if n == 0 else sorted_text[(n - 1) * c : (n + 1) * c])
-        ax.set_yticks(range(c), labels=sorted_text[n * c : (n + 1) * c])
+    mask = round_mask(r, q, buckets, order, chunk, settings)[0, 0]  # (C, c, 2c)
+    letters = ["–"] * c + [TEXT[i] for i in order[r, 0, 0]]
+    for n, (ax, m) in enumerate(zip(row, mask)):
+        kind = torch.where(m == 0, 2, torch.where(m < SELF, 0, 3))
+        kind = torch.where(m == SELF, 1, kind)
+        figures.matrix(ax, kind, cmap=cmap, vmin=0, vmax=3, title=f"chunk {n}")
+        across = letters[n * c : (n + 2) * c]
+        named(ax, across, across[c:])
+    row[0].set_ylabel(f"round {r + 1}, query")
+    for ax in axes[-1]:
+        ax.set_xlabel("key")
+patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
 names = ["hidden", "yourself", "found once", "found twice"]
-figure.legend([plt.Rectangle((0, 0), 1, 1, color=colours(n)) for n in range(4)], names, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.04))
+figure.legend(patches, names, loc="upper center", ncols=4, bbox_to_anchor=(0.5, 1.06))
 figures.show(
     figure,
-    "What equation 16 adds, for the three chunks of both rounds, each four queries by eight keys. Most pairs are hidden; nothing lies "
-    "before the first chunk; most pairs that one round finds, the other finds too, so they count half in each.",
+    "Most pairs are hidden, nothing lies before the first chunk, and most pairs that "
+    "one round finds, the other finds too, so they count half in each: what equation "
+    "16 adds for the three chunks of both rounds, four queries by eight keys each.",
 )
 
 # %% [markdown]
@@ -664,16 +654,18 @@ assert errors["the paper"][-1] < 0.7 * errors["later code"][-1]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-for (way, values), marker, line in zip(errors.items(), "os^", ("-", "--", ":")):
-    axes.plot(range(len(rounds)), values, marker=marker, linestyle=line, label=way)
-axes.set(xlabel="hash rounds", ylabel="relative error of the output", title="Clustered vectors, length 1,024, chunks of 64")
+for (way, values), look in zip(errors.items(), ("o-", "s--", "^:")):
+    axes.plot(range(len(rounds)), values, look, label=way)
+axes.set(xlabel="hash rounds", ylabel="relative error of the output")
+axes.set_title("Clustered vectors, length 1,024, chunks of 64")
 axes.set_xticks(range(len(rounds)), labels=rounds)
 axes.set_ylim(bottom=0)
 axes.legend()
 figures.show(
     figure,
-    "Error of hashed attention against the number of rounds. As the paper has it, it falls towards zero; without N it levels off; later "
-    "code starts lower, because it looks at more keys, and levels off as well.",
+    "As the paper has it, the error falls towards zero as rounds are added; without N "
+    "it levels off; later code starts lower, because it looks at more keys, and levels "
+    "off as well.",
 )
 
 # %% [markdown]
@@ -691,29 +683,8 @@ figures.show(
 # | sort | $T \log T$ | $O(T \log T)$ |
 # | scores and sums, $2c$ for each token | $4\,T\,c\,d$ | $O(T)$ |
 #
-# The paper's $O(T \log T)$ is the third row: it takes the number of rounds, the chunk and the cost of a hash as constants. Measured, with
-# chunks of 64, one round, four heads of 32:
-
-# %%
-def spent(T, c=64):
-    """Microseconds a token for each step of one round, without gradients."""
-    torch.manual_seed(SEED)
-    q = torch.randn(1, 4, T, 32, device=device)
-    h, how = hash_vectors(q, 2 * T // c, 1, seed=SEED), Settings(c)
-    work = {
-        "hash": lambda: hash_vectors(q, 2 * T // c, 1, seed=SEED),
-        "sort": lambda: h.argsort(dim=-1, stable=True).argsort(dim=-1),
-        "attend, sort included": lambda: lsh_attention(q, q, q, h, how),
-    }
-    us = {step: 1e6 / T * measure.seconds(run, rounds=3) for step, run in work.items()}
-    return ", ".join(f"{step} {number:.2f}" for step, number in us.items())
-
-
-for T in (1024, 4096, 16384):
-    print(f"length {T:6,}: {spent(T)}")
-
-# %% [markdown]
-# Hashing and sorting together are a small part. The rest is nearly level: what a token costs hardly depends on the length of the text.
+# The paper's $O(T \log T)$ is the third row: it takes the number of rounds, the chunk and the cost of a hash as constants. Section 4.8
+# measures all of it: what a token costs hardly depends on the length of the text.
 #
 # ### The layer
 #
@@ -766,7 +737,8 @@ attention = LSHAttention(32, 2, Settings(chunk_len=8, n_rounds=4)).eval()
 x = torch.randn(3, 50, 32)
 for T in (16, 50):
     change, h = attention(x[:, :T])
-    print(f"T = {T}: change {tuple(change.shape)},", "exact" if h is None else tuple(h.shape))
+    hashed = "exact" if h is None else f"buckets {tuple(h.shape)}"
+    print(f"T = {T}: change {tuple(change.shape)}, {hashed}")
 short, long = (attention(x[:, :T])[1][..., :48].int() for T in (48, 49))
 a, b = [h[..., None] == h[..., None, :] for h in (short, long)]
 print(f"one more token: {(short == long).float().mean():.0%} of bucket numbers stay,")
@@ -1066,25 +1038,14 @@ def text_losses(seed):
     return {kind: text_loss(text_model(kind, seed)[0]) for kind in KINDS}
 
 # %%
-models, histories = {}, {}
+models, live = {}, {}
 for kind in KINDS:
-    models[kind], histories[kind] = text_model(kind, SEED)
-reformer = models["2 rounds"]
-live = {kind: text_loss(model) for kind, model in models.items()}
-assert live["2 rounds"] < 2.6 < histories["2 rounds"]["loss"][0]
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-LOOKS = {"exact": "-", "4 rounds": "--", "2 rounds": "-", "1 round": "-.", "local window": ":", "vanilla": ":"}
-figure, axes = plt.subplots()
-for (kind, line), colour in zip(LOOKS.items(), COLOURS):
-    axes.plot(range(20, STEPS + 1), figures.smooth(histories[kind]["loss"], 20), line, label=kind, color="black" if kind == "vanilla" else colour)
-axes.set(xlabel="training step", ylabel="training loss (nats per character)", ylim=(1.9, 3.2), title=f"Running mean over 20 steps ({corpus.name})")
-axes.legend(ncols=2)
-figures.show(
-    figure,
-    "Training losses of six models. Fewer hash rounds train to a higher loss: exact attention is lowest, then four, two and one rounds; the "
-    "local window, which does not search, is among the best.",
-)
+    models[kind], history = text_model(kind, SEED)
+    live[kind] = text_loss(models[kind])
+    first = history["loss"][0]
+    print(f"{kind:12}: {first:.2f} nats at first, {live[kind]:.3f} at last")
+reformer, text_band = models["2 rounds"], bands.load("04_text_losses", corpus.name)
+text_band.check(live, margin=0.05)
 
 # %%
 text = training.generate(reformer, corpus.valid[:64], 200, temperature=0.8, seed=SEED)
@@ -1096,42 +1057,52 @@ print(corpus.vocab.decode(text[64:]))
 # ### Few rounds or many, on text
 #
 # Figure 4 of the paper trains with 1, 2, 4 and 8 rounds, and finds that more rounds come nearer to exact attention. Here is the validation
-# loss of each model above, evaluated with the rounds it was trained with, with 8, and with exact attention.
+# loss of each model above, upon that of five seeds that were recorded beforehand.
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(6.4, 4.2))
+label = "validation loss (nats per character)"
+figures.points(axes, live, text_band.values, xlabel=label, number="{:.3f}")
+axes.set_title(f"Trained with ... ({corpus.name})")
+figures.show(
+    figure,
+    "The fewer the rounds that a Reformer trains with, the higher its validation loss; "
+    "exact attention is below all of them, and so is a plain local window, which does "
+    "not search at all. No two of the recorded bands of 1, 2 and 4 rounds overlap.",
+)
 
 # %%
 hashed = ["1 round", "2 rounds", "4 rounds", "exact"]
-with_other = {kind: [text_loss(models[kind], n) for n in (8, 0)] for kind in hashed}
-print("trained with    evaluated with the same   with 8   with exact attention")
-for kind in hashed:
-    with_8, with_all = with_other[kind]
-    print(f"{kind:15} {live[kind]:23.3f} {with_8:8.3f} {with_all:22.3f}")
-for kind in ("local window", "vanilla"):
-    print(f"{kind:15} {live[kind]:23.3f}")
-assert live["1 round"] > live["2 rounds"] > live["4 rounds"] > live["exact"]
+for fewer, more in zip(hashed, hashed[1:]):
+    assert live[fewer] > live[more]
+    assert text_band.low(fewer) > text_band.high(more)
+
+# %% [markdown]
+# Can a model that was trained with few rounds win back what it lost if it is evaluated with many?
 
 # %%
-for attention in reformer.blocks[::2]:
-    attention.hash = one_bucket
-locally = text_loss(reformer)
-for attention in reformer.blocks[::2]:
-    del attention.hash
-print(f"trained with 2 rounds, read through a local window: {locally:.3f}")
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots()
-same, exactly = [live[kind] for kind in hashed], [with_other[kind][1] for kind in hashed]
-axes.plot(range(3), same[:3], "o-", color=figures.BLUE, label="evaluated as trained")
-axes.plot(range(3), exactly[:3], "s--", color=figures.GREEN, label="evaluated with exact attention")
-for kind, colour, line in [("exact", figures.GREEN, "-"), ("vanilla", "black", ":"), ("local window", figures.PINK, "-.")]:
-    axes.axhline(live[kind], color=colour, linestyle=line, label=f"{kind}, trained so")
-axes.set_xticks(range(3), labels=hashed[:3])
-axes.set(xlabel="trained with", ylabel="validation loss (nats per character)", title=corpus.name)
-axes.legend(fontsize=8)
-figures.show(
-    figure,
-    "Validation loss against the rounds trained with: it falls from one round to four, and stays above that of exact attention and of the "
-    "local window. Exact attention in evaluation wins back only a part of what training with few rounds lost.",
+by_evaluation = {kind: [live[kind]] for kind in hashed}
+for kind, row in by_evaluation.items():
+    row += [text_loss(models[kind], n_rounds) for n_rounds in (8, 0)]
+figures.table(
+    "Validation loss (nats per character)",
+    ["trained with", "evaluated with it", "with 8 rounds", "with exact attention"],
+    [[kind, *(f"{x:.3f}" for x in row)] for kind, row in by_evaluation.items()],
 )
+
+
+def through_a_window(model, evaluate):
+    """What `evaluate(model)` gives with a local window in place of hashing."""
+    for attention in model.blocks[::2]:
+        attention.hash = one_bucket
+    result = evaluate(model)
+    for attention in model.blocks[::2]:
+        del attention.hash
+    return result
+
+
+local = through_a_window(reformer, text_loss)
+print(f"trained with 2 rounds, read through a local window: {local:.3f}")
 
 # %% [markdown]
 # Here hashing costs: with each halving of the rounds the loss rises, and a model that was trained with few rounds does not get it all back by
@@ -1157,7 +1128,7 @@ print("targets:", *("." if t == -100 else t for t in targets[0].tolist()))
 # alike, and the model has to unlearn that first.
 
 # %% tags=["band"]
-EVALUATED = [0, 8, 4, 2, 1]  # rounds; 0 is exact attention
+CALLED = {0: "exact", 8: "8 rounds", 4: "4 rounds", 2: "2 rounds", 1: "1 round"}
 
 
 def duplicate_model(length, n_rounds, seed, steps, chunk_len, batch_size):
@@ -1183,27 +1154,28 @@ def accuracy(model, n_rounds):
 
 # %% tags=["band"]
 def duplicate_table(seed):
-    """One seed of the band: {trained with: accuracies with each of EVALUATED}."""
+    """One seed of the band: {trained with: accuracies with each of CALLED}."""
     table = {}
     for trained in (0, 4, 2, 1):
         how = dict(steps=260, chunk_len=8, batch_size=16)
         model, _ = duplicate_model(64, trained, seed, **how)
-        table[trained] = [accuracy(model, n) for n in EVALUATED]
+        table[CALLED[trained]] = [accuracy(model, n) for n in CALLED]
     return table
 
 # %%
 table = duplicate_table(SEED)
 paper = {
-    0: [100, 94.8, 92.5, 76.9, 52.5], 4: [0.8, 100, 99.9, 99.4, 91.9],
-    2: [0.8, 100, 99.9, 98.1, 86.8], 1: [0.8, 99.9, 99.6, 94.8, 77.9],
+    "exact": [100, 94.8, 92.5, 76.9, 52.5], "4 rounds": [0.8, 100, 99.9, 99.4, 91.9],
+    "2 rounds": [0.8, 100, 99.9, 98.1, 86.8], "1 round": [0.8, 99.9, 99.6, 94.8, 77.9],
 }  # fmt: skip
-called = {0: "exact", 1: "1 round", 2: "2 rounds", 4: "4 rounds", 8: "8 rounds"}
-print("accuracy in %, here | in the paper (Table 2, length 1,024)\n")
-print("trained \\ evaluated " + "".join(f"{called[n]:>15}" for n in EVALUATED))
-for trained, row in table.items():
-    pairs = [f"{100 * a:.1f} | {b}" for a, b in zip(row, paper[trained])]
-    print(f"{called[trained]:20}" + "".join(pair.rjust(15) for pair in pairs))
-assert table[0][0] > 0.99 and all(row[1] >= row[4] for row in table.values())
+figures.table(
+    "Accuracy in %, here | in the paper (Table 2, length 1,024)",
+    ["trained with, evaluated with", *CALLED.values()],
+    [
+        [name, *(f"{100 * a:.1f} | {b}" for a, b in zip(row, paper[name]))]
+        for name, row in table.items()
+    ],
+)
 
 # %% [markdown]
 # What agrees with the paper: trained with hashing, the task is solved from two rounds on, and every model does better with eight rounds than
@@ -1215,24 +1187,36 @@ assert table[0][0] > 0.99 and all(row[1] >= row[4] for row in table.values())
 #
 # Now four times as far: length 256, chunks of 16. A query sees at most 32 of the 256 keys in a round.
 
-# %%
-FAR = dict(seed=SEED, chunk_len=16, batch_size=8)
-far, losses = {}, {}
-far["exact"], losses["exact"] = duplicate_model(256, 0, steps=200, **FAR)
-far["4 rounds"], losses["4 rounds"] = duplicate_model(256, 4, steps=400, **FAR)
-for name, model in far.items():
-    first = next(n for n, loss in enumerate(losses[name]) if loss < 2)
-    row = ", ".join(f"{called[n]} {100 * accuracy(model, n):.1f} %" for n in EVALUATED)
-    print(f"trained with {name:8}: loss below 2 at step {first}; evaluated with {row}")
-    assert accuracy(model, 8) > 0.95
+# %% tags=["band"]
+def far_models(seed):
+    """Trained at length 256: with exact attention, and with four rounds."""
+    far = dict(seed=seed, chunk_len=16, batch_size=8)
+    return {
+        "exact": duplicate_model(256, 0, steps=200, **far),
+        "4 rounds": duplicate_model(256, 4, steps=400, **far),
+    }
+
+
+def far_row(model, losses):
+    """Accuracies with each of CALLED, by a local window, and when it began to learn."""
+    row = [accuracy(model, n) for n in CALLED]
+    model.blocks[0].hash = one_bucket
+    row.append(accuracy(model, 1))
+    del model.blocks[0].hash  # the method of the class again
+    return [*row, next((n for n, x in enumerate(losses) if x < 2), len(losses))]
+
+
+def far_table(seed):
+    return {name: far_row(*trained) for name, trained in far_models(seed).items()}
 
 # %%
-model = far["exact"]
-for attention in model.blocks[::2]:
-    attention.hash = one_bucket
-window = accuracy(model, 1)
-print(f"the first one through a local window of 16 to 32 keys: {100 * window:.1f} %")
-assert window < 0.1
+far = far_table(SEED)
+figures.table(
+    "Length 256: accuracy in %",
+    ["trained with", *CALLED.values(), "local window", "loss below 2 at step"],
+    [[name, *(f"{100 * a:.1f}" for a in row[:6]), row[6]] for name, row in far.items()],
+)
+assert all(row[1] > 0.95 and row[5] < 0.1 for row in far.values())
 
 # %% [markdown]
 # There it is: a local window knows nothing, and eight rounds of hashing find in 256 tokens what exact attention finds. Training with hashing
@@ -1298,25 +1282,18 @@ def variant_losses(seed):
     return {name: sum(variant_model(name, seed)[1][-20:]) / 20 for name in VARIANTS}
 
 # %%
-curves = {}
-for name in VARIANTS:
-    model, losses = variant_model(name, SEED)
-    curves[name] = figures.smooth(losses, 20)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{name:24} loss {curves[name][-1]:.3f}, {size:,} parameters")
-last = [curve[-1] for curve in curves.values()]
-assert max(last) - min(last) < 0.15
+variants = variant_losses(SEED)
+variant_band = bands.load("04_variant_losses", corpus.name)
+variant_band.check(variants, margin=0.05)
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots()
-for (name, curve), width, style, colour in zip(curves.items(), (7, 3.5, 1.5), ("-", "-", "--"), (figures.BLUE, figures.ORANGE, "black")):
-    axes.plot(range(20, 201), curve, style, linewidth=width, color=colour, label=name)
-axes.set(xlabel="training step", ylabel="training loss (nats per character)", title=f"Running mean over 20 steps ({corpus.name})")
-axes.legend()
-figures.show(
-    figure,
-    "Training losses of three models with exact attention lie on one another: reversible with shared QK, reversible with separate QK, and "
-    "ordinary residuals with shared QK.",
+spans = {name: (min(v), max(v)) for name, v in variant_band.values.items()}
+figures.table(
+    f"Training loss, mean of the last 20 steps, nats per character ({corpus.name})",
+    ["with exact attention", "this run", "recorded seeds"],
+    [
+        [name, f"{loss:.3f}", "{:.3f} to {:.3f}".format(*spans[name])]
+        for name, loss in variants.items()
+    ],
 )
 
 # %% [markdown]
@@ -1348,7 +1325,7 @@ def attention_time(T, n_rounds):
     return measure.seconds(run, warmup=1, rounds=3, device=device)
 
 
-times = {called[n]: [attention_time(T, n) for T in lengths] for n in (0, 1, 2, 4)}
+times = {CALLED[n]: [attention_time(T, n) for T in lengths] for n in (0, 1, 2, 4)}
 times["fused"] = times.pop("exact")
 for label, ts in times.items():
     row = "  ".join(f"{T:,}: {1e3 * t:4.0f} ms" for T, t in zip(lengths, ts))
@@ -1360,15 +1337,17 @@ assert times["1 round"][-1] < 2.5 * times["1 round"][0]
 figure, axes = plt.subplots()
 for (label, ts), marker, colour in zip(times.items(), "os^D", (*COLOURS[:3], "black")):
     axes.plot(lengths, [1e3 * t for t in ts], marker=marker, color=colour, label=label)
-axes.set(xscale="log", yscale="log", xlabel="length of the texts (tokens)", ylabel="time for 8,192 tokens (ms)", title="Attention, forward and backward")
+axes.set(xlabel="length of the texts (tokens)", ylabel="time for 8,192 tokens (ms)")
+axes.set(xscale="log", yscale="log", title="Attention, forward and backward")
 axes.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
 axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
 axes.minorticks_off()
 axes.legend(ncols=2)
 figures.show(
     figure,
-    "Time of attention over 8,192 tokens against the length of the texts, both axes logarithmic: fused attention rises steeply from far "
-    "below, the curves of 1, 2 and 4 hash rounds are nearly level, and it crosses them.",
+    "Fused attention starts far below hashing and rises steeply with the length of the "
+    "texts, until it crosses the curves of 1, 2 and 4 hash rounds, which are nearly "
+    "level. Time for 8,192 tokens, both axes logarithmic.",
 )
 
 # %% [markdown]
@@ -1392,7 +1371,6 @@ def reformer_of(T, n_layers=4, kind=Reformer, **kw):
 
 
 KEEPING = {
-    "kept, exact": dict(reversible=False, n_rounds=0),
     "kept, hashed": dict(reversible=False),
     "reversible, hashed": {},
     "reversible, exact": dict(n_rounds=0),
@@ -1416,21 +1394,24 @@ assert growth < 1.1 and by_depth["kept, hashed"][-1] > 8 * by_depth["kept, hashe
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-for (label, values), marker, colour, width in zip(by_depth.items(), "os^vD", (*COLOURS[:4], "black"), (2, 2, 6, 2, 2)):
-    axes.plot(depths, values, marker=marker, color=colour, linewidth=width, label=label)
-axes.set(xlabel="layers", ylabel="kept for backward (MiB)", yscale="log", title="A window of 1,024 tokens")
+looks = zip(by_depth.items(), "os^D", (*COLOURS[:3], "black"), (2, 6, 2, 2))
+for (label, values), marker, colour, width in looks:
+    look = dict(marker=marker, color=colour, linewidth=width)
+    axes.plot(depths, values, label=label, **look)
+axes.set(xlabel="layers", ylabel="kept for backward (MiB)", yscale="log")
+axes.set_title("A window of 1,024 tokens")
 axes.set_xticks(depths)
 axes.legend(fontsize=8)
 figures.show(
     figure,
-    "MiB kept for the backward pass against depth, on a logarithmic axis: everything that is kept grows in proportion to depth, while reversible "
-    "layers, hashed or exact, stay level at the bottom.",
+    "Reversible layers, hashed or exact, stay level at the bottom, whatever the depth; "
+    "where everything is kept, MiB for the backward pass grow in proportion to depth.",
 )
 
 # %% [markdown]
 # With reversible layers what is kept does not grow with depth, but for buckets and random states: the last streams, and what the output layer
-# needs. Kept and hashed, a plain round costs a lot: autograd keeps masks, scores and softmaxes of all rounds. Kept and exact, it keeps $T
-# \times T$ weights, as everybody did in 2020. Reversible layers hold either for one block at a time only. For that moment look at the
+# needs. Kept and hashed, a plain round costs a lot: autograd keeps masks, scores and softmaxes of all rounds. Reversible layers hold them for
+# one block at a time only. For that moment look at the
 # **peak**, the most that is held during a step; beside it, the time.
 #
 # Is there no simpler way? There is: **gradient checkpointing** keeps the input of each block, one stream and no more, and computes the block
@@ -1446,19 +1427,12 @@ for name, model in rivals.items():
     step = lambda: loss_of(model, text_of(T)).backward()
     keeps, peak = kept(model, text_of(T)), measure.peak_bytes(step, device) / MiB
     costs[name] = keeps, peak, step_time(model, text_of(T), rounds=3)
-    print(f"{name:12} keeps {keeps:6.1f} MiB, peak {peak:6.1f}, {costs[name][2]:.2f} s")
-assert costs["reversible"][0] < costs["checkpoints"][0] < costs["keep all"][0]
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots(1, 3, figsize=(7.4, 3))
-for n, (ax, what) in enumerate(zip(axes, ("kept (MiB)", "peak (MiB)", "seconds a step"))):
-    figures.bars(ax, {name: cost[n] for name, cost in costs.items()}, ylabel=what, number="{:.1f}" if n < 2 else "{:.2f}")
-    ax.tick_params(axis="x", labelsize=7)
-figures.show(
-    figure,
-    "Eight layers at 1,024 tokens. Reversible layers keep least, checkpoints little more, both a small part of keeping all. At the peak the two "
-    "are alike, since one block at work sets it, and both take longer than keeping all.",
+figures.table(
+    "One step of training: 8 layers, 1,024 tokens",
+    ["", "kept (MiB)", "peak (MiB)", "seconds"],
+    [[name, f"{k:.1f}", f"{p:.1f}", f"{s:.2f}"] for name, (k, p, s) in costs.items()],
 )
+assert costs["reversible"][0] < costs["checkpoints"][0] < costs["keep all"][0]
 
 # %% [markdown]
 # Checkpoints keep one input a block, so they grow with depth, but slowly; the peak, which is what has to fit, is set by one block at work in
@@ -1496,18 +1470,21 @@ assert by_length["vanilla, fused"][-1] > 5 * by_length["reversible, hashed"][-1]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-for (label, values), marker, colour in zip(by_length.items(), "DDs^", ("#666666", "black", figures.ORANGE, figures.GREEN)):
+colours = "#666666", "black", figures.ORANGE, figures.GREEN
+for (label, values), marker, colour in zip(by_length.items(), "DDs^", colours):
     axes.plot(lengths, values, marker=marker, color=colour, label=label)
 for (label, values), style in zip(formula.items(), (":", "--")):
-    axes.plot(lengths, values, color="black", linestyle=style, linewidth=1, label=f"Table 3, {label}")
-axes.set(xscale="log", yscale="log", ylim=(0.3, 5000), xlabel="length (tokens)", ylabel="kept for backward (MiB)", title="Four layers")
+    axes.plot(lengths, values, "k" + style, linewidth=1, label=f"Table 3, {label}")
+axes.set(xlabel="length (tokens)", ylabel="kept for backward (MiB)")
+axes.set(xscale="log", yscale="log", ylim=(0.3, 5000), title="Four layers")
 axes.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
 axes.minorticks_off()
 axes.legend(fontsize=8, ncols=2)
 figures.show(
     figure,
-    "MiB kept against length, both axes logarithmic. Stored weights rise with the square of the length, along the formula for the transformer; "
-    "fused attention rises in proportion to it; the reversible model is lowest by far, below its formula.",
+    "Stored weights rise with the square of the length, along the formula for the "
+    "transformer; with fused attention, what is kept rises in proportion to it; the "
+    "reversible model is lowest by far, below its formula.",
 )
 
 # %% [markdown]
@@ -1519,21 +1496,21 @@ figures.show(
 # %% [markdown]
 # ## 4.9 Where it looks
 #
-# `measure.look` gives the weights of every layer, in the order of the text. Two questions to the model trained with two rounds. Does hashing
-# find the keys that exact attention would have chosen? And does it look as far? For both you need exact and hashed weights of the same
-# queries.
+# How much of what exact attention would look at lies in the query's own bucket, where one round can find it? Add up the weights of *exact*
+# attention by the bucket of the query and of the key, for the queries of the model trained with two rounds, in round 1. What lies on the
+# diagonal, that round can find. The rest it misses. (`measure.look(model, tokens)` gives the weights of hashed attention, all rounds
+# together.)
 
 # %%
 @torch.no_grad()
-def both_attentions(model, tokens):
-    """For each layer: exact and hashed weights (B, H, T, T), buckets (R, B, H, T)."""
+def exact_by_layer(model, tokens):
+    """For each layer: exact attention's weights (B, H, T, T), round 1's buckets."""
     found = []
 
     def record(block, args):
-        (q, k, _), how = block.heads(args[0]), block.settings
-        h = block.hash(q, block.seed)
-        weights = [attention_weights(q, k, buckets, how) for buckets in (None, h)]
-        found.append((*weights, h))
+        q, k, _ = block.heads(args[0])
+        exact = attention_weights(q, k, None, block.settings)
+        found.append((exact, block.hash(q, block.seed)[0]))
 
     hooks = [block.register_forward_pre_hook(record) for block in model.blocks[::2]]
     model(tokens)
@@ -1541,21 +1518,11 @@ def both_attentions(model, tokens):
         hook.remove()
     return found
 
-
-T = 128
-found = both_attentions(reformer, text_of(T, B=8))
-n_buckets = 2 * T // reformer.settings.chunk_len
-for (_, weights, _), looks in zip(found, measure.look(reformer, text_of(T, B=8))):
-    assert torch.allclose(weights, looks, atol=1e-5)
-
-# %% [markdown]
-# First, attention by bucket. Add up the weights of *exact* attention by the bucket of the query and of the key, in round 1. What lies on the
-# diagonal, that round can find. The rest it misses.
-
 # %%
-by_bucket, blind = [], []
-for weights, _, h in found:
-    one_hot = F.one_hot(h[0].long(), n_buckets).float()  # (B, H, T, b)
+T, by_bucket, blind = 128, [], []
+n_buckets = 2 * T // reformer.settings.chunk_len
+for weights, h in exact_by_layer(reformer, text_of(T, B=8)):
+    one_hot = F.one_hot(h.long(), n_buckets).float()  # (B, H, T, b)
     mass = (one_hot.mT @ weights @ one_hot).sum(dim=(0, 1))  # (b, b)
     earlier = (one_hot.mT @ torch.ones_like(weights).tril(-1) @ one_hot).sum(dim=(0, 1))
     by_bucket.append((mass / mass.sum()).cpu())
@@ -1567,54 +1534,23 @@ assert all(mass.trace() > 1.3 * share for mass, share in zip(by_bucket, blind))
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 3, figsize=(7.6, 3.2), sharey=True)
-shares = [mass / mass.sum(dim=1, keepdim=True) for mass in by_bucket]
+shares = torch.stack([mass / mass.sum(dim=1, keepdim=True) for mass in by_bucket])
+look = dict(cmap="Blues", vmin=0, vmax=shares.max().item(), xlabel="bucket of the key")
 for n, (ax, share) in enumerate(zip(axes, shares)):
-    image = figures.matrix(
-        ax, share, title=f"layer {n + 1}", cmap="Blues", vmin=0, vmax=torch.stack(shares).max().item(),
-        xlabel="bucket of the key", ylabel="bucket of the query" if n == 0 else "",
-    )
+    image = figures.matrix(ax, share, title=f"layer {n + 1}", **look)
     ax.set(xticks=range(0, n_buckets, 5), yticks=range(0, n_buckets, 5))
+axes[0].set_ylabel("bucket of the query")
 figure.colorbar(image, ax=axes, label="share of the query's attention")
 figure.suptitle(f"Exact attention by bucket ({corpus.name})", fontsize=11)
 figures.show(
     figure,
-    "Exact attention of three layers by bucket of query and key: the diagonal, which hashing can find, stands out in each, but "
-    "more than half lies off it, thinly spread.",
+    "In each of three layers the diagonal, which hashing can find, stands out of the "
+    "exact attention by bucket of query and key; but more than half lies off it, "
+    "thinly spread.",
 )
 
 # %% [markdown]
 # One round can find only a part of the attention, though more than a blind choice of as many keys would. That is why rounds are added up.
-#
-# Second, attention by distance, hashed beside exact.
-
-# %%
-edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
-distance = torch.arange(T)[:, None] - torch.arange(T)  # (T, T)
-
-
-def by_distance(weights):
-    """Share of attention by bucket of distances, in the second half of the window."""
-    mean, d = weights.mean(dim=(0, 1)).cpu()[T // 2 :], distance[T // 2 :]  # (T / 2, T)
-    between = [(d >= a) & (d < b) for a, b in zip(edges, edges[1:])]
-    return torch.stack([mean[keys].sum() / len(d) for keys in between])
-
-
-exact, hashed = (sum(by_distance(layer[n]) for layer in found) / 3 for n in (0, 1))
-print(f"the profiles differ in {(exact - hashed).abs().sum() / 2:.0%} of the mass")
-print(f"keys 64 or more away: exact {exact[-1]:.0%}, hashed {hashed[-1]:.0%}")
-assert abs(hashed.sum() - 1) < 1e-3
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots()
-figures.buckets(axes, edges, {"exact": exact, "hashed, 2 rounds": hashed}, xlabel="distance of the key (characters)", ylabel="share of attention")
-axes.set_title(f"Mean of three layers ({corpus.name})")
-figures.show(
-    figure,
-    "Share of attention by distance of the key, in buckets that double in width: hashed and exact attention of the same model have nearly the same profile.",
-)
-
-# %% [markdown]
-# So hashed attention *looks* nearly as far as exact attention. That it does is not yet of use: the local window reads this text as well.
 #
 # ## 4.10 What a hash gives away
 #
@@ -1640,7 +1576,7 @@ for n in (1, 2, 4, 8, 0):
     model.settings.n_rounds = n
     leak = changes(model)
     moved = f"{(leak > 1e-9).double().mean():6.1%} of the earlier logits move"
-    print(f"{called[n]:9} {moved}, by {leak.mean():.4f} on average")
+    print(f"{CALLED[n]:9} {moved}, by {leak.mean():.4f} on average")
 assert leak.max() < 1e-9  # the last one is exact attention
 
 # %% [markdown]
@@ -1717,51 +1653,70 @@ print(f"loss {causal_loss:.3f}, with the chunks of the paper {text_loss(reformer
 # ## 4.13 Exercises
 #
 # 1. *(15 minutes)* Write `my_sets(buckets, c)`: for one head and one round, `buckets` being a list of T numbers, the list of sets $\mathcal
-#    P_i$, each a sorted list. Use the words of section 4.3, not its code. Check it with `check_sets(my_sets)`.
-# 2. *(10 minutes)* Evaluate `reformer` with `settings.count_once = False` and 1, 2, 4 and 8 rounds. What do you expect with 1 round? Does
-#    leaving out $N$ hurt this model, as it hurts the clustered vectors? (`check_once(losses)` with your four losses.)
-# 3. *(15 minutes)* Let `LSHAttention.forward` ignore the buckets that it is given. How wrong do the gradients of the check in section 4.6
-#    become? `check_broken(relative)` says whether yours are as wrong as they should be.
+#    P_i$, each a sorted list. Use the words of section 4.3, not its code. Check it with `exercises.check_sets(my_sets)`.
+# 2. *(10 minutes)* Evaluate `reformer` with 1, 2, 4 and 8 rounds, with `settings.count_once` True and False. What do you expect with 1
+#    round? Does leaving out $N$ hurt this model, as it hurts the clustered vectors? `exercises.check_once(with_N, without_N)` takes your two
+#    lists of four losses.
+# 3. *(15 minutes)* Replace `inputs.random_states` by a function that never puts anything back. How wrong do the gradients of the check in
+#    section 4.6 become, and why? And why is nothing wrong if, instead, `LSHAttention.forward` ignores the buckets that it is given?
+#    `exercises.check_broken(relative)` says whether yours are as wrong as they should be.
 # 4. *(40 minutes)* Make the strictly causal variant fast: sort by bucket, then pad every bucket to whole chunks. How many places does that
-#    take for 1,024 tokens in 32 buckets of random sizes? Check `my_places(buckets, c)`, the number of places, with `check_places(my_places)`.
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def check_sets(my_sets):
-    """Exercise 1."""
-    for seed in range(20):
-        T, c = 5 + seed, 1 + seed % 6
-        h = torch.randint(4, (1, T), generator=torch.Generator().manual_seed(seed))
-        labels = h, h.argsort(dim=-1, stable=True).argsort(dim=-1) // c
-        found = in_set(*(x[0, :, None] for x in labels), *(x[0, None] for x in labels)).tril()
-        right, mine = [row.nonzero().flatten().tolist() for row in found], [sorted(s) for s in my_sets(h[0].tolist(), c)]
-        wrong = next((i for i in range(T) if mine[i] != right[i]), None)
-        assert wrong is None, f"buckets {h[0].tolist()}, c = {c}: the set of {wrong} should be {right[wrong]}, not {mine[wrong]}"
-    print("right")
-
-
-def check_once(losses):
-    """Exercise 2."""
-    assert len(losses) == 4 and abs(losses[0] - text_loss(reformer, 1)) < 1e-4, "with one round there are no duplicates: nothing changes"
-    print("right: with one round nothing changes; with more, compare with settings.count_once = True")
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def check_broken(relative):
-    """Exercise 3."""
-    assert relative > 0.05, "in training mode, new rotations give other buckets: the error is large, not a rounding error"
-    print("right: another function is differentiated than was computed")
-
-
-def check_places(my_places):
-    """Exercise 4."""
-    for seed in range(5):
-        h = torch.randint(32, (1024,), generator=torch.Generator().manual_seed(seed))
-        right = sum(16 * math.ceil(n / 16) for n in torch.bincount(h).tolist())
-        assert my_places(h.tolist(), 16) == right, f"{my_places(h.tolist(), 16)} places, should be {right}"
-    print("right:", right, "places for 1024 tokens")
+#    take for 1,024 tokens in 32 buckets of random sizes? `exercises.check_places(my_places)` checks `my_places(buckets, c)`, the number of
+#    places.
 
 # %% [markdown]
-# Solutions stand in `notebooks/solutions/04_reformer.md`.
+# <details><summary>Solution 1</summary>
 #
+# ```python
+# def my_sets(buckets, c):
+#     order = sorted(range(len(buckets)), key=lambda i: (buckets[i], i))
+#     chunk = {i: place // c for place, i in enumerate(order)}
+#     near = lambda i, j: chunk[i] - chunk[j] in (0, 1) and buckets[i] == buckets[j]
+#     return [[j for j in range(i + 1) if near(i, j)] for i in range(len(buckets))]
+# ```
+#
+# </details>
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# with_N = [text_loss(reformer, n) for n in (1, 2, 4, 8)]
+# reformer.settings.count_once = False
+# without_N = [text_loss(reformer, n) for n in (1, 2, 4, 8)]
+# reformer.settings.count_once = True
+# ```
+#
+# With one round nothing can be found twice. With more, the trained model hardly minds: its keys do not lie in tight clusters.
+#
+# </details>
+
+# %% [markdown]
+# <details><summary>Solution 3</summary>
+#
+# ```python
+# put_back = inputs.random_states
+# inputs.random_states = lambda device, states=None: put_back(device)
+# mine, right = all_gradients(True), all_gradients(False)
+# inputs.random_states = put_back
+# exercises.check_broken(((mine - right).norm() / right.norm()).item())
+# ```
+#
+# Dropout drops other numbers the second time, so the function that is differentiated is not the one that was computed. Ignoring the buckets
+# does no harm here: the random state is put back, so the same rotations are drawn, and in double precision the rebuilt vectors are so near
+# to the first ones that none of them changes its bucket.
+#
+# </details>
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# def my_places(buckets, c):
+#     return sum(c * math.ceil(buckets.count(b) / c) for b in set(buckets))
+# ```
+#
+# Half a chunk for each bucket is empty, on average.
+#
+# </details>
+
+# %% [markdown]
 # ## References
 #
 # - N. Kitaev, Ł. Kaiser, A. Levskaya: [Reformer: The Efficient Transformer](https://arxiv.org/abs/2001.04451). ICLR 2020.

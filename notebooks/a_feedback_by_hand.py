@@ -34,9 +34,11 @@
 import subprocess
 import sys
 
-if "google.colab" in sys.modules:  # anywhere else this cell does nothing; Colab keeps its own torch
+# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
+if "google.colab" in sys.modules:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.check_call([*pip, "pooch", "git+https://github.com/memtx-minimal/memtx-minimal"])
+    package = "git+https://github.com/memtx-minimal/memtx-minimal"
+    subprocess.check_call([*pip, "pooch", package])
 
 # %% tags=["setup"]
 import time
@@ -864,19 +866,17 @@ figures.show(
     "every length, and more than vanilla. It keeps a fraction of the plain loop's "
     "bytes, near those of vanilla.",
 )
+
+
+def in_words(cost):
+    forward, backward, kept = cost
+    return f"{1e3 * forward:.0f} ms, {1e3 * backward:.0f} ms, {kept / 2**20:.0f} MiB"
+
+
 figures.table(
     "One pass over a segment, 2 layers, d_model 64, batch 16",
     ["forward, backward, kept", *(f"T = {n}" for n in lengths)],
-    [
-        [
-            name,
-            *(
-                f"{1e3 * f:.0f} ms, {1e3 * b:.0f} ms, {k / 2**20:.0f} MiB"
-                for f, b, k in cost
-            ),
-        ]
-        for name, cost in costs.items()
-    ],
+    [[name, *map(in_words, cost)] for name, cost in costs.items()],
 )
 
 # %%
@@ -938,12 +938,8 @@ cache = Cache(torch.zeros(2, 1, 1, 3, 4), end=3, taken=[3])  # three slots, all 
 first = cache.with_more(T=1, mem_len=6)  # no room: copied, and given some
 second = first.with_more(T=1, mem_len=6)  # in place
 other = first.with_more(T=1, mem_len=6)  # the slot behind `first` is taken: copied
-for name, c in [
-    ("cache", cache),
-    ("first", first),
-    ("second", second),
-    ("other", other),
-]:
+made = dict(cache=cache, first=first, second=second, other=other)
+for name, c in made.items():
     print(f"{name:6} holds {c.end} slots; {c.taken[0]} of {c.kv.size(-2)} are taken")
 assert second.kv.data_ptr() == first.kv.data_ptr() != other.kv.data_ptr()
 
@@ -971,8 +967,9 @@ class CachedInPlace(nn.Module):
     @torch.no_grad()
     def forward(self, tokens, memory=None):
         model = self.model
-        check_plain(model)
         x = embed(model, tokens)  # (B, T, d_model)
+        if memory is None or x.size(1) > 1:  # token by token it would cost a tenth
+            check_plain(model)
         cache = checked_cache(memory, model, x).with_more(x.size(1), model.mem_len)
         outputs, _ = run(x, cache.latest(cache.end), *weights_of(model)).results()
         if cache.kv.size(-2) > model.mem_len + ROOM:  # of a long text, only the end
@@ -998,15 +995,13 @@ def microseconds(model, n, B=16):
     return 1e6 * measure.seconds(one_more, warmup=3, rounds=21)
 
 
+ways = {"Cached": Cached(writer), "CachedInPlace": CachedInPlace(writer)}
 figures.table(
     "Microseconds for one more token of 16 texts",
     ["", "after 10", "after 1,000"],
     [
         [name, *(f"{microseconds(model, n):,.0f}" for n in (10, 1000))]
-        for name, model in {
-            "Cached": Cached(writer),
-            "CachedInPlace": CachedInPlace(writer),
-        }.items()
+        for name, model in ways.items()
     ],
 )
 
@@ -1044,15 +1039,12 @@ def check_backwards(mine):
     right = by_autograd(g_m, x, *weights)
     names = ("x", "W_q", "W_k", "W_v", "W_1", "W_2")
     for name, a, b in zip(names, mine(g_m, x, *weights, *forwards(x, *weights)), right):
-        assert torch.allclose(a, b), (
-            f"the error at {name} is off by {(a - b).abs().max():.1e}"
-        )
+        off = (a - b).abs().max()
+        assert torch.allclose(a, b), f"the error at {name} is off by {off:.1e}"
     print("right")
 
 
-check_backwards(
-    backwards
-)  # when you have filled in the lines: check_backwards(my_backwards)
+check_backwards(backwards)  # when the lines are there: check_backwards(my_backwards)
 
 # %% [markdown]
 # <details><summary>Solution 1</summary>
@@ -1071,12 +1063,14 @@ check_backwards(
 # dropout.
 #
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Solution 3</summary>
 #
 # With `p[a - 1]` for age `a`, the score is `q[t] @ (k[j] + p[t - j - 1])`, so `g_q[t]` uses `k[:t] +
 # p[:t].flip(0)`, and `g_p[:t] += torch.outer(g_s, q[t]).flip(0)`. For all steps at once: keep the `g_s` as
-# rows of a matrix (T, 2 T) whose columns are slots, and read it with row stride `2 * T + 1`.
+# rows of a matrix (T, 2 T) whose columns are slots, put `T` zeros before its numbers, and read it with row
+# stride `2 * T + 1`. Row `t` then holds the ages `T` to 1, and one product with `q` gives all of `g_p`.
 #
 # </details>
 #
