@@ -5,6 +5,7 @@ import math
 import torch
 
 from memtx_minimal import tasks
+from memtx_minimal.feedback_transformer import step
 from memtx_minimal.reformer import in_set
 
 # ---------------------------------------------------------------- chapter 3
@@ -27,8 +28,8 @@ def longest_path(n_layers, n, kind):
 
 def check_clock(my_clock):
     """Chapter 3, exercise 1."""
-    cases = [(4, 0, "vanilla"), (4, 1, "vanilla"), (4, 9, "vanilla")]
-    for case in [*cases, (1, 0, "feedback"), (3, 7, "feedback")]:
+    cases = [(L, n) for L in (1, 2, 4) for n in (0, 1, 9)]
+    for case in [(*c, kind) for c in cases for kind in ("vanilla", "feedback")]:
         mine, right = my_clock(*case), longest_path(*case)
         if mine != right:
             raise AssertionError(f"my_clock{case} is {mine}; {right} layers are passed")
@@ -38,8 +39,10 @@ def check_clock(my_clock):
 @torch.no_grad()
 def check_tracker(model):
     """Chapter 3, exercise 2."""
-    if model.mem_len != 1:
-        raise AssertionError(f"mem_len is {model.mem_len}, not 1")
+    if (mem_len := len(model.memory.positions)) != 1:
+        raise AssertionError(f"made with mem_len={mem_len}, not 1: train a new model")
+    if len(model.layers) != 1:
+        raise AssertionError(f"it has {len(model.layers)} layers, not 1")
     tokens, targets, _ = next(tasks.cups(1000, 32, seed=10**6))
     logits = model.eval()(tokens.to(next(model.parameters()).device))[0].cpu()
     share = (logits.argmax(dim=-1) == targets).float().mean().item()
@@ -48,26 +51,44 @@ def check_tracker(model):
     print(f"right: {share:.2f}")
 
 
+def check_patience(shares):
+    """Chapter 3, exercise 3; shares of right answers after each swap."""
+    share = sum(shares) / len(shares)
+    if share < 0.5:
+        raise AssertionError(f"{share:.2f} right; after 1,000 steps it is above 0.5")
+    print(f"right: {share:.2f}, where 160 steps give less than 0.3")
+
+
+def in_blocks(model, x, kv, C):
+    """What `loop` returns, token by token, each with the memory of before its block."""
+    outputs, vectors = [], []
+    for x_c in x.split(C, dim=1):
+        steps = [step(model, x_t, kv) for x_t in x_c.unbind(dim=1)]
+        output, vector = (torch.stack(y, dim=1) for y in zip(*steps))
+        kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)[:, -model.mem_len :]
+        outputs.append(output)
+        vectors.append(vector)
+    return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
+
+
 @torch.no_grad()
 def check_blocks(blocks, model):
     """Chapter 3, exercise 5; model is a FeedbackTransformer in float64."""
     d_model = model.embedding.embedding_dim
     x, vectors = (torch.randn(2, n, d_model).double() for n in (10, 3))
     kv = model.memory.keys_values(vectors)
-    pairs = zip(blocks(model, x, kv, 1), model.loop(x, kv))
-    for name, (mine, right) in zip(("outputs", "vectors", "kv"), pairs):
-        if mine.shape != right.shape:
-            shapes = f"{tuple(mine.shape)}, not {tuple(right.shape)}"
-            raise AssertionError(f"{name}: {shapes}")
-        if not torch.allclose(mine, right):
-            raise AssertionError(f"{name}: with C = 1 not those of loop")
-    changed = x.clone()
-    changed[:, 4] = torch.randn(2, d_model)
-    both = blocks(model, x, kv, 4)[0], blocks(model, changed, kv, 4)[0]
-    touched = [t for t in range(10) if not torch.allclose(both[0][:, t], both[1][:, t])]
-    if touched != [4, 8, 9]:
-        right = "not on 4, and 8 and 9 behind its block"
-        raise AssertionError(f"C = 4: token 4 has an effect on {touched}, {right}")
+    for C in (1, 4):
+        pairs = zip(blocks(model, x, kv, C), in_blocks(model, x, kv, C))
+        for name, (mine, right) in zip(("outputs", "vectors", "kv"), pairs):
+            where = f"C = {C}: {name}"
+            if mine.shape != right.shape:
+                shapes = f"{tuple(mine.shape)}, not {tuple(right.shape)}"
+                raise AssertionError(f"{where} {shapes}")
+            off = (mine - right).abs().flatten(2).amax(dim=(0, 2))  # token by token
+            wrong = (off > 1e-9).nonzero().flatten().tolist()
+            if wrong:
+                why = "each token sees its own text's memory of before its block"
+                raise AssertionError(f"{where} are wrong at {wrong}: {why}")
     print("right")
 
 
@@ -121,6 +142,50 @@ def check_places(my_places):
             sizes = torch.bincount(h).tolist()
             raise AssertionError(f"{mine} places for {sizes}, not {right}")
     print(f"right: {right} places for 1,024 tokens")
+
+
+# ---------------------------------------------------------------- appendix A
+
+
+def check_with(mine, x, given, keep, p, learns_p):
+    """mine(g_m, x, given, *weights) against autograd: one layer, one head, one text."""
+    T, g = len(x), torch.Generator().manual_seed(1)
+    shapes = [x.shape, *[(4, 4)] * 3, (8, 4), (4, 8)]
+    random = [torch.randn(shape, generator=g, dtype=x.dtype) / 2 for shape in shapes]
+    g_m, leaves = random[0], [a.clone().requires_grad_() for a in [x, p, *random[1:]]]
+    W_q, W_k, W_v, W_1, W_2 = leaves[2:]
+    out = []
+    for t, x_t in enumerate(leaves[0]):
+        past = torch.stack(out) if out else x[:0]
+        w = ((past @ W_k.T + leaves[1][T - t :]) @ (W_q @ x_t)).softmax(dim=0)
+        z = x_t + (keep[t, :t] * w) @ (past @ W_v.T)
+        out.append(z + W_2 @ (W_1 @ z).relu())
+    names, wanted = ["x", "p", "W_q", "W_k", "W_v", "W_1", "W_2"], leaves
+    if not learns_p:
+        names, wanted = names[:1] + names[2:], leaves[:1] + leaves[2:]
+    right = torch.autograd.grad(torch.stack(out), wanted, g_m)
+    errors = mine(g_m, x, given, *random[1:])
+    if len(errors) != len(names):
+        raise AssertionError(f"{len(errors)} errors; return those at {', '.join(names)}")
+    for name, a, b in zip(names, errors, right):
+        if a.shape != b.shape or not torch.allclose(a, b):
+            raise AssertionError(f"the error at {name}: expected\n{b}\nbut got\n{a}")
+    print("right")
+
+
+def check_dropout_backwards(mine):
+    """Appendix A, exercise 2: mine(g_m, x, keep, *weights) -> the errors."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 4, generator=g, dtype=torch.float64)
+    keep = (torch.rand(7, 7, generator=g) < 0.7).double() / 0.7
+    check_with(mine, x, keep, keep, torch.zeros_like(x), learns_p=False)
+
+
+def check_ages_backwards(mine):
+    """Appendix A, exercise 3: mine(g_m, x, p, *weights) -> the errors."""
+    g = torch.Generator().manual_seed(0)
+    x, p = torch.randn(2, 7, 4, generator=g, dtype=torch.float64)
+    check_with(mine, x, p, x.new_ones(7, 7), p, learns_p=True)
 
 
 # ---------------------------------------------------------------- appendix B

@@ -126,7 +126,8 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
 
 
 class Errors(NamedTuple):
-    """The errors of C steps, at what Kept has under the same names."""
+    """The errors of C steps, named as in Kept; at queries before they are scaled, and
+    inside the feed-forward before the ReLU."""
 
     states: torch.Tensor  # (L + 1, C, B, d_model)
     middles: torch.Tensor  # (L, C, B, d_model)
@@ -174,7 +175,7 @@ class Sums(NamedTuple):
     x: torch.Tensor  # (T, B, d_model)
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
-    slots: torch.Tensor  # (2 * N, K, d_head): the same by slot, old ones too
+    slots: torch.Tensor  # (2 * N, K, d_head): by slot; of later blocks' steps alone
     positions: torch.Tensor  # (mem_len, d_head)
     layers: list  # seven, of all layers together: see add_weights
 
@@ -391,6 +392,8 @@ def said(trait):
 
 def check_plain(model):
     """Refuse a model whose steps are not exactly those of feedback_transformer.py."""
+    if type(model) not in (FeedbackTransformer, FastFeedbackTransformer):
+        raise ValueError(f"a {type(model).__name__}; pass a FeedbackTransformer")
     reason = difference(model)
     if not model.shared_kv:
         reason = "shared_kv=False: each layer has keys and values of its own"
@@ -420,8 +423,6 @@ def speed_up(model):
     computes anything else is refused with a ValueError that names the reason, here and
     at each call: something may have been changed in the meantime.
     """
-    if type(model) not in (FeedbackTransformer, FastFeedbackTransformer):
-        raise ValueError(f"a {type(model).__name__}; pass a FeedbackTransformer")
     check_plain(model)
     model.__class__ = FastFeedbackTransformer
     return model
@@ -478,7 +479,12 @@ def checked_cache(memory, model, x):
 
 
 class CachedInPlace(nn.Module):
-    """What feedback_transformer.Cached computes; its memory is a Cache, never moved."""
+    """What feedback_transformer.Cached computes; its memory is a Cache, moved only when
+    its room is full.
+
+    The model is checked at the start of a text and wherever several tokens come: what is
+    changed in it between two single tokens goes unseen.
+    """
 
     def __init__(self, model):
         super().__init__()

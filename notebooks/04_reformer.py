@@ -1164,6 +1164,7 @@ def duplicate_table(seed):
 
 # %%
 table = duplicate_table(SEED)
+duplicate_band = bands.load("04_duplicate_table", text=None)
 paper = {
     "exact": [100, 94.8, 92.5, 76.9, 52.5], "4 rounds": [0.8, 100, 99.9, 99.4, 91.9],
     "2 rounds": [0.8, 100, 99.9, 98.1, 86.8], "1 round": [0.8, 99.9, 99.6, 94.8, 77.9],
@@ -1176,6 +1177,9 @@ figures.table(
         for name, row in table.items()
     ],
 )
+duplicate_band.check(table, margin=0.05)
+for seeds in duplicate_band.values.values():  # (S, 5) each
+    assert (seeds[:, 0] > 0.99).all() and (seeds[:, 1] > seeds[:, 4]).all()
 
 # %% [markdown]
 # What agrees with the paper: trained with hashing, the task is solved from two rounds on, and every model does better with eight rounds than
@@ -1185,25 +1189,26 @@ figures.table(
 # our model smaller, we mask other buckets and count duplicates once, as the text of the paper says, and we do not know what its code did in
 # that experiment.
 #
-# Now four times as far: length 256, chunks of 16. A query sees at most 32 of the 256 keys in a round.
+# Now twice as far: length 128. In one round a query sees at most 16 of the 128 keys.
 
 # %% tags=["band"]
 def far_models(seed):
-    """Trained at length 256: with exact attention, and with four rounds."""
-    far = dict(seed=seed, chunk_len=16, batch_size=8)
+    """Trained at length 128: with exact attention, and with four rounds."""
+    far = dict(seed=seed, chunk_len=8, batch_size=16)
     return {
-        "exact": duplicate_model(256, 0, steps=200, **far),
-        "4 rounds": duplicate_model(256, 4, steps=400, **far),
+        "exact": duplicate_model(128, 0, steps=200, **far),
+        "4 rounds": duplicate_model(128, 4, steps=250, **far),
     }
 
 
 def far_row(model, losses):
-    """Accuracies with each of CALLED, by a local window, and when it began to learn."""
+    """Accuracies with each of CALLED and by a local window, and when the loss fell."""
     row = [accuracy(model, n) for n in CALLED]
     model.blocks[0].hash = one_bucket
     row.append(accuracy(model, 1))
     del model.blocks[0].hash  # the method of the class again
-    return [*row, next((n for n, x in enumerate(losses) if x < 2), len(losses))]
+    falls = next((n for n, x in enumerate(losses) if x < 2), len(losses))
+    return [*row, falls / 1000]  # in thousands of steps
 
 
 def far_table(seed):
@@ -1212,19 +1217,23 @@ def far_table(seed):
 # %%
 far = far_table(SEED)
 figures.table(
-    "Length 256: accuracy in %",
+    "Length 128: accuracy in %",
     ["trained with", *CALLED.values(), "local window", "loss below 2 at step"],
-    [[name, *(f"{100 * a:.1f}" for a in row[:6]), row[6]] for name, row in far.items()],
+    [
+        [name, *(f"{100 * a:.1f}" for a in row[:6]), f"{1000 * row[6]:.0f}"]
+        for name, row in far.items()
+    ],
 )
+bands.load("04_far_table", text=None).check(far, margin=0.1)
 assert all(row[1] > 0.95 and row[5] < 0.1 for row in far.values())
 
 # %% [markdown]
-# There it is: a local window knows nothing, and eight rounds of hashing find in 256 tokens what exact attention finds. Training with hashing
+# There it is: a local window knows nothing, and eight rounds of hashing find in 128 tokens what exact attention finds. Training with hashing
 # takes longer to begin: as long as queries are random, so are the buckets, and the right key is seldom among those that are looked at.
 #
 # ### Shared QK and reversible layers
 #
-# Figure 3 of the paper: curves with shared QK, and with reversible layers, lie on those without. All models use exact attention here, and
+# Figure 3 of the paper: curves with shared QK, and with reversible layers, lie near those without. All models use exact attention here, and
 # windows of 64 characters. Two variants have to be written: an ordinary attention, with a projection for keys, scores divided by
 # $\sqrt{d_{\text{head}}}$ and yourself allowed; and ordinary residuals with one stream.
 
@@ -1284,7 +1293,10 @@ def variant_losses(seed):
 # %%
 variants = variant_losses(SEED)
 variant_band = bands.load("04_variant_losses", corpus.name)
-variant_band.check(variants, margin=0.05)
+variant_band.check(variants, margin=0.03)
+low, high = variant_band.low, variant_band.high
+assert max(map(high, VARIANTS)) - min(map(low, VARIANTS)) < 0.03
+assert high("ordinary, shared QK") < low("reversible, shared QK")
 
 spans = {name: (min(v), max(v)) for name, v in variant_band.values.items()}
 figures.table(
@@ -1297,8 +1309,8 @@ figures.table(
 )
 
 # %% [markdown]
-# The curves lie near one another, as in the paper, though the model with separate keys has more parameters. What reversible layers cost in
-# time is measured below.
+# As in the paper, the variants end near one another, within 0.03 nats. They are not quite equal: the recorded seeds put ordinary layers a
+# hundredth of a nat below reversible ones. What reversible layers cost in time is measured below.
 #
 # ### Time against length
 #

@@ -19,14 +19,14 @@
 # [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/a_feedback_by_hand.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/a_feedback_by_hand.ipynb)
 
 # %% [markdown]
-# You can do without this page. The Feedback Transformer of chapter 3 is right as it stands; this
-# appendix makes it faster, and shows how one writes a backward pass that autograd would otherwise
-# write: for a recurrent model, step by step, in full.
+# You can skip this appendix. The Feedback Transformer of chapter 3 is right as it stands; here it is made
+# faster, and you see how to write by hand the backward pass that autograd would otherwise derive: for a
+# recurrent model, step by step, in full.
 #
-# **When you have read it, you can**
+# **After this appendix you can**
 # - write down the backward pass of a small recurrent model with attention, line by line;
-# - say which of its products must wait for later steps and which can be put off and joined;
-# - install a hand-written pass in a model so that it never computes something else in silence.
+# - say which of its products are needed at once and which can be put off and joined;
+# - install a hand-written pass in a model that is refused where it would compute something else.
 #
 # **You need** chapter 3. **Time and memory:** 2 minutes and 2 GiB on two CPU cores.
 
@@ -53,7 +53,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
 from torch.nn.modules.module import _has_any_global_hook
 
-from memtx_minimal import figures, inputs, measure, training
+from memtx_minimal import exercises, figures, inputs, measure, training
 from memtx_minimal.feedback_transformer import (
     Cached,
     FeedbackTransformer,
@@ -96,8 +96,9 @@ assert torch.allclose(y * (g - y @ g), by_autograd)
 # %% [markdown]
 # ## A.2 One layer, one head, one text
 #
-# A Feedback Transformer with all that is not needed left out: no norms, no heads, no batch, one
-# layer, whose output is the memory vector `m`. Forwards, each step reads the keys and values of
+# A Feedback Transformer with all that is not needed left out: no norms, heads, batch, ages, scaling, biases
+# or limit of memory, and one layer, whose output is the memory vector `m`. Each step fills one **slot** with
+# its key and value. Forwards, each step reads the keys and values of
 # the steps before, and adds its own.
 
 # %%
@@ -117,9 +118,9 @@ def forwards(x, W_q, W_k, W_v, W_1, W_2):
 # %% [markdown]
 # Backwards, from the last step to the first, each line is the line of `forwards` in reverse. A
 # step's memory vector was read by *later* steps: their errors at its key and value are complete by
-# the time we get there, because we come from behind. In the loop there are errors only. The
+# the time we get there, because the loop runs from the last step to the first. In the loop there are errors only. The
 # gradient of a weight, such as $\sum_t g_{q,t} \, x_t^\top$ for $W_q$, is a sum over all steps:
-# put the errors side by side, and it is *one* matrix product at the end.
+# stack the errors of all steps, and it is *one* matrix product at the end.
 
 # %%
 def backwards(g_m, x, W_q, W_k, W_v, W_1, W_2, m, q, k, v, z, h, w):
@@ -170,12 +171,12 @@ assert worst < 1e-12
 # This is the whole idea. All that follows is the same with layers, norms, heads and a batch, and in
 # an order that suits the machine.
 #
-# ## A.3 Which errors must wait?
+# ## A.3 Which products can be put off?
 #
 # In `backwards`, the two lines with `outer` are many small products: step $t$ adds to *all* slots
 # before it. But the error at slot $j$ is needed only when the loop arrives at step $j$. Everything
-# farther back can be put off. Go through the steps in blocks of $C$. Inside a block, the slots of the
-# block itself cannot wait (**near**). What the block owes to all slots before it (**far**) can be
+# farther back can be put off. Go through the steps in blocks of $C$. Inside a block, slots of the
+# block itself are needed at once (**near**). What the block owes to all slots before it (**far**) can be
 # added at its end, in one product.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -206,8 +207,8 @@ figures.show(
 )
 
 # %% [markdown]
-# With 64 steps in blocks of 16, four fifths of the triangle is far. The weights are not drawn: none
-# of their products has to wait for anything.
+# With 64 steps in blocks of 16, three quarters of the triangle is far. The weight matrices are not drawn:
+# their products are needed by nobody before the end.
 
 # %% [markdown]
 # ## A.4 The fast file
@@ -224,7 +225,7 @@ norm_back = torch.ops.aten.native_layer_norm_backward.default
 
 # %% [markdown]
 # Layer norm and its backward each are one operation inside PyTorch. It computes, with $\hat x$ the
-# normalised input, $\sigma$ its deviation, $\gamma$ the gain and $u = g \odot \gamma$,
+# normalised input, $\sigma$ its standard deviation, $\gamma$ the gain and $u = g \odot \gamma$,
 #
 # $$
 # g_x = \tfrac{1}{\sigma} \left(u - \overline{u} - \hat x \; \overline{u \odot \hat x}\right) ,
@@ -255,7 +256,9 @@ assert torch.allclose(normalise_back(g, x, center, rstd, gain), formula, atol=1e
 
 # %% [markdown]
 # The weights of all layers come as one flat list, since an operation for autograd takes tensors, not
-# modules: ten for each layer. And both passes must compute in the same precision, whatever mixed
+# modules. Each layer has ten: gain and shift of its first norm, $W_q$, $W_o$ (queries and output of
+# attention), gain and shift of its second norm, and $W_1$, $b_1$, $W_2$, $b_2$ of the feed-forward. `alpha`
+# is the softmax of chapter 3's layer weights $w$. And both passes must compute in the same precision, whatever mixed
 # precision is on around them.
 
 # %% tags=["from-module"]
@@ -276,7 +279,7 @@ def outside_autocast(work):
 # %% [markdown]
 # ### Forwards
 #
-# What the steps leave for the way back, in one tensor a kind: layers first, then steps. So a block of
+# What the steps leave for the way back, in one tensor per kind: layers first, then steps. So a block of
 # steps is a slice, and all layers of a block go into one product.
 
 # %% tags=["from-module"]
@@ -363,7 +366,8 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
 
 # %% tags=["from-module"]
 class Errors(NamedTuple):
-    """The errors of C steps, at what Kept has under the same names."""
+    """The errors of C steps, named as in Kept; at queries before they are scaled, and
+    inside the feed-forward before the ReLU."""
 
     states: torch.Tensor  # (L + 1, C, B, d_model)
     middles: torch.Tensor  # (L, C, B, d_model)
@@ -379,6 +383,11 @@ def by_step(tensor):
 # `step_back` goes from the top layer down, and each line undoes a line of `run`. An error reaches a
 # layer's output from the layer above *and* through the memory vector, in which the layer has the share
 # `alpha[n]`. It stops at the lowest query; what lies below is the text, and no step waits for that.
+# `rows[n]` holds, for layer `n`, seven things that the forward pass had inside (the slope of the ReLU, the
+# state in the middle and the state at the input, each with the two numbers of its norm), and then five
+# places to be filled in: the errors at the output (already there), inside the feed-forward, in the middle,
+# at the query and at the input. The input of one layer is the output of the one below it, so its place is
+# there twice. `torch._softmax_backward_data` is the last line of the table in A.1.
 
 # %% tags=["from-module"]
 def step_back(g_vector, alpha, layers, attention, rows, keys, values):
@@ -421,7 +430,7 @@ class Sums(NamedTuple):
     x: torch.Tensor  # (T, B, d_model)
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
-    slots: torch.Tensor  # (2 * N, K, d_head): the same by slot, old ones too
+    slots: torch.Tensor  # (2 * N, K, d_head): by slot; of later blocks' steps alone
     positions: torch.Tensor  # (mem_len, d_head)
     layers: list  # seven, of all layers together: see add_weights
 
@@ -478,8 +487,17 @@ figures.show(
 )
 
 # %% [markdown]
-# (Four steps of two layers, `mem_len` of 6.) The loop over the steps fills `left` and `right` from below.
-# Only the near columns are multiplied at once, after each step.
+# (Four steps of two layers, `mem_len` of 6, with a full memory.) `block_back` does this in order:
+#
+# - before the loop, what all its steps need: the norms again, places for the errors, and `near`, which begins
+#   as what *later* blocks have already found for the slots of this one;
+# - for each step, from the last: its key and value are complete (`near[:, r]`), so are its vector's and its
+#   output's errors, and `step_back` goes down through its layers; what comes out fills the step's rows of
+#   `left` and `right`, from the last rows up, and the *near* columns are multiplied at once;
+# - after the loop, all that could be put off: the error at the text, the far slots and ages (`add_slots`), and
+#   the weight matrices (`add_weights`).
+#
+# The slope of the ReLU is the sign of what came out of it: 0 or 1 after `sign()`.
 
 # %% tags=["from-module"]
 def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sums):
@@ -554,8 +572,8 @@ def add_slots(first, left, right, C, sums):
     sums.positions.addmm_(by_age.T, right[0].flatten(0, 1))
 
 # %% [markdown]
-# The weights, of all layers together. `flatten(1, 2)` puts the steps and texts of a block side by side:
-# that is the sum over them.
+# The weight matrices, of all layers together. `flatten(1, 2)` puts the steps and texts of a block side by
+# side; the product then sums over them.
 
 # %% tags=["from-module"]
 def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
@@ -645,16 +663,11 @@ class Segment(Function):
         return *g_run, *g_projection, *(g for ten in g_layers for g in ten)
 
 # %% [markdown]
-# `gradcheck` compares it with differences of the forward pass: three steps, one memory slot, one layer.
+# `gradcheck` compares it with finite differences of the forward pass: three steps, one memory slot, one layer.
 
 # %%
 generator = torch.Generator().manual_seed(SEED)
-shapes = [
-    (1, 3, 4),
-    (2, 1, 2, 1, 2),
-    (2,),
-    (3, 2),
-]  # x, keys and values, alpha, positions
+shapes = [(1, 3, 4), (2, 1, 2, 1, 2), (2,), (3, 2)]  # x, kv, alpha, positions
 shapes += [(4,), (4,), (8, 4)]  # gain, shift, W_kv
 shapes += [
     (4,),
@@ -689,11 +702,12 @@ def weights_of(model):
     return flat
 
 # %% [markdown]
-# ## A.5 Never wrong in silence
+# ## A.5 It refuses what it does not compute
 #
 # The fast loop reads weights and calls no module. Put another activation into a layer, a hook, an adapter,
 # and it would compute what the layer *was*. So it compares the traits of each part with those of a fresh
-# layer, at each call (some 30 microseconds), and refuses what differs.
+# layer, at each call, and refuses what differs. (What it cannot see: a method that is replaced on the class
+# itself, such as `Layer.forward`.)
 
 # %% tags=["from-module"]
 def tree(module):
@@ -749,6 +763,8 @@ def said(trait):
 # %% tags=["from-module"]
 def check_plain(model):
     """Refuse a model whose steps are not exactly those of feedback_transformer.py."""
+    if type(model) not in (FeedbackTransformer, FastFeedbackTransformer):
+        raise ValueError(f"a {type(model).__name__}; pass a FeedbackTransformer")
     reason = difference(model)
     if not model.shared_kv:
         reason = "shared_kv=False: each layer has keys and values of its own"
@@ -778,8 +794,6 @@ def speed_up(model):
     computes anything else is refused with a ValueError that names the reason, here and
     at each call: something may have been changed in the meantime.
     """
-    if type(model) not in (FeedbackTransformer, FastFeedbackTransformer):
-        raise ValueError(f"a {type(model).__name__}; pass a FeedbackTransformer")
     check_plain(model)
     model.__class__ = FastFeedbackTransformer
     return model
@@ -795,20 +809,27 @@ def refusal(change, **options):
         return str(error).split("model: ")[1]
 
 
-print(refusal(lambda model: model.layers[1].feed_forward.__setitem__(1, nn.GELU())))
-print(refusal(lambda model: setattr(model.memory.norm, "eps", 1e-6)))
-print(refusal(lambda model: model.layers[0].out.register_forward_hook(print)))
-print(refusal(lambda model: None, dropout=0.1))
-print(refusal(lambda model: None, shared_kv=False))
+reasons = [
+    refusal(lambda model: model.layers[1].feed_forward.__setitem__(1, nn.GELU())),
+    refusal(lambda model: setattr(model.memory.norm, "eps", 1e-6)),
+    refusal(lambda model: model.layers[0].out.register_forward_hook(print)),
+    refusal(lambda model: None, dropout=0.1),
+    refusal(lambda model: None, shared_kv=False),
+]
+assert all(reasons)
+print("\n".join(reasons))
 
 # %% [markdown]
 # ## A.6 The same numbers, and the gain
 #
 # The plain model and the fast one, in double precision: logits, memory and the gradient of every
-# parameter. 40 steps are two blocks and a part of one.
+# parameter. 40 steps are two blocks and a part of one. All parameters are random, gains and shifts too: a
+# fresh norm has ones and zeros, which would hide a mistake.
 
 # %%
 plain = FeedbackTransformer(10, 16, 2, 3, 32, mem_len=24).double()
+for parameter in plain.parameters():
+    nn.init.normal_(parameter, std=0.3)
 fast = speed_up(deepcopy(plain))
 text, vectors = torch.randint(10, (2, 40)), torch.randn(2, 24, 16).double()
 results = []
@@ -884,17 +905,15 @@ figures.table(
 assert f + b > 1.3 * (f_fast + b_fast) and k > 3 * k_fast
 
 # %% [markdown]
-# Both directions gain, and the forward pass at least as much as the backward, though nothing is put off
-# there: most of the time of the plain loop is overhead of its many small operations, modules and
-# bookkeeping included. Putting products off is what makes a backward pass possible that is as lean as the
-# forward. The bytes: the plain loop keeps, at each step, all keys and values that the step saw; the fast
-# one keeps each once. What still grows with the square of the length are the attention weights, here as
-# in chapter 3: in long segments they will outgrow what vanilla with fused attention keeps.
+# Both directions gain, the forward pass too, though nothing is put off there: the plain loop spends much of
+# its time on the overhead of many small operations, modules and autograd's bookkeeping included. The bytes:
+# the plain loop keeps, at each step, all keys and values that the step saw; the fast one keeps each once. What
+# still grows with the square of the length are the attention weights, as in chapter 3.
 #
 # ## A.7 A cache with room
 #
 # `Cached` of chapter 3 copies its memory at every token. With room behind the last slot, the next token
-# writes its key and value there. But a memory is a value in the hands of the caller, who may go on from it
+# writes its key and value there. But the caller holds the memory and may continue from it
 # twice; the second would write over the first. One number, known to all caches that share the slots,
 # prevents it: the first to go on takes the room, and the second gets a copy.
 
@@ -957,7 +976,12 @@ def checked_cache(memory, model, x):
 
 # %% tags=["from-module"]
 class CachedInPlace(nn.Module):
-    """What feedback_transformer.Cached computes; its memory is a Cache, never moved."""
+    """What feedback_transformer.Cached computes; its memory is a Cache, moved only when
+    its room is full.
+
+    The model is checked at the start of a text and wherever several tokens come: what is
+    changed in it between two single tokens goes unseen.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -1006,14 +1030,21 @@ figures.table(
 )
 
 # %% [markdown]
+# After a thousand tokens the copies are most of what a token costs; without them it costs little more than at
+# the start.
+
+# %% [markdown]
 # ## A.8 Exercises
 #
 # 1. *(10 minutes)* Two lines of `backwards` are missing here. Fill them in and run the check.
-# 2. *(20 minutes)* Give `forwards` dropout on the attention weights, with a mask `keep[t]` (0 or
-# `1 / (1 - p)`) that is handed in. Which lines of `backwards` change? Compare with autograd.
-# 3. *(20 minutes)* Give `forwards` an age: `p` (T, d), added to the keys as in chapter 3. Write the error
-# at `p` with a loop, then with `as_strided`.
-# 4. *(15 minutes)* Set `BLOCK` to 1, 4, 16 and 64 and measure. Why is neither end the best?
+# 2. *(20 minutes)* Give `forwards` dropout on the attention weights, with a mask `keep` (T, T) of 0 and
+# `1 / (1 - p)` that is handed in: step `t` uses `keep[t, :t]`. Which lines of `backwards` change? Write
+# `mine(g_m, x, keep, *weights)`, forwards and backwards, and call `exercises.check_dropout_backwards(mine)`.
+# 3. *(20 minutes)* Give `forwards` ages: `p` (T, d), the oldest first as in chapter 3, of which step `t` adds
+# `p[T - t :]` to its keys. Write `mine(g_m, x, p, *weights)`, with the error at `p` behind that at `x`, first
+# with a loop, then with `as_strided`. Call `exercises.check_ages_backwards(mine)`.
+# 4. *(15 minutes)* Set `BLOCK` to 1, 4, 16 and 64 (`fast_feedback.BLOCK`, after `from memtx_minimal import
+# fast_feedback`), and run `seconds(models["fast"], 128)`. Why is neither end the best?
 
 # %%
 def my_backwards(g_m, x, W_q, W_k, W_v, W_1, W_2, m, q, k, v, z, h, w):
@@ -1039,8 +1070,8 @@ def check_backwards(mine):
     right = by_autograd(g_m, x, *weights)
     names = ("x", "W_q", "W_k", "W_v", "W_1", "W_2")
     for name, a, b in zip(names, mine(g_m, x, *weights, *forwards(x, *weights)), right):
-        off = (a - b).abs().max()
-        assert torch.allclose(a, b), f"the error at {name} is off by {off:.1e}"
+        same = torch.allclose(a, b)
+        assert same, f"the error at {name}: expected\n{b}\nbut got\n{a}"
     print("right")
 
 
@@ -1058,26 +1089,38 @@ check_backwards(backwards)  # when the lines are there: check_backwards(my_backw
 #
 # <details><summary>Solution 2</summary>
 #
-# Forwards, `z[t] = x[t] + (keep[t] * w[t]) @ v[:t]`. Backwards, `g_w = keep[t] * (v[:t] @ g_z[t])`, and
-# `g_v[:t] += torch.outer(keep[t] * w[t], g_z[t])`. The softmax line stays: it needs the weights *before*
-# dropout.
+# ```python
+# # forwards
+# z[t] = x[t] + (keep[t, :t] * w[t]) @ v[:t]
+# # backwards
+# g_w = keep[t, :t] * (v[:t] @ g_z[t])
+# g_v[:t] += torch.outer(keep[t, :t] * w[t], g_z[t])
+# ```
+#
+# The softmax line stays: it needs the weights *before* dropout.
 #
 # </details>
 
 # %% [markdown]
 # <details><summary>Solution 3</summary>
 #
-# With `p[a - 1]` for age `a`, the score is `q[t] @ (k[j] + p[t - j - 1])`, so `g_q[t]` uses `k[:t] +
-# p[:t].flip(0)`, and `g_p[:t] += torch.outer(g_s, q[t]).flip(0)`. For all steps at once: keep the `g_s` as
-# rows of a matrix (T, 2 T) whose columns are slots, put `T` zeros before its numbers, and read it with row
-# stride `2 * T + 1`. Row `t` then holds the ages `T` to 1, and one product with `q` gives all of `g_p`.
+# ```python
+# # forwards
+# w[t] = ((k[:t] + p[T - t :]) @ q[t]).softmax(dim=0)
+# # backwards
+# left = x.new_zeros(T, 2 * T)  # before the loop
+# g_q[t] = (k[:t] + p[T - t :]).T @ g_s
+# g_p[T - t :] += torch.outer(g_s, q[t])  # by the loop
+# left[t, T : T + t] = g_s
+# g_p = left.as_strided((T, T), (2 * T + 1, 1)).T @ q  # or all at once, after it
+# ```
 #
 # </details>
 #
 # <details><summary>Solution 4</summary>
 #
-# With small blocks there are many products of few rows, each with its overhead. With large ones the near part,
-# which is multiplied after each step with all the block's columns, grows with the square of the block.
+# With small blocks there are many small products, each with its overhead. With large ones, the near part, which
+# is multiplied after each step with all the block's columns, grows in proportion to the block.
 #
 # </details>
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import sides
 
-from memtx_minimal import training
-from memtx_minimal.checkpoints import MODELS, sizes_of
+from memtx_minimal import fast_feedback, fast_lsh, training
+from memtx_minimal.checkpoints import MODELS
 
 SMALL = dict(vocab_size=11, d_model=16, n_heads=2, n_layers=3, d_ff=32)
 SMALL_T = 12  # a multiple of 4
@@ -43,9 +43,20 @@ def options(T):
     }
 
 
-PLAIN_IF_FALSE = [  # model, option that is True for a backward pass of its own, others
-    ("reformer", "reversible", dict(dropout=0.2)),
-]
+OWN_BACKWARD = {  # a backward pass of our own, and autograd's: how to make each
+    "reversible layers": (
+        lambda: small("reformer", dropout=0.2),
+        lambda: small("reformer", dropout=0.2, reversible=False),
+    ),
+    "fast_lsh": (
+        lambda: fast_lsh.speed_up(small("reformer")),
+        lambda: small("reformer"),
+    ),
+    "fast_feedback": (
+        lambda: fast_feedback.speed_up(small("feedback_transformer")),
+        lambda: small("feedback_transformer"),
+    ),
+}
 
 
 def small(name, **more):
@@ -217,15 +228,12 @@ def check_training(name, device):
         assert len(text) == SMALL_T + 5
 
 
-def check_own_backward(name, option, more, device):
-    if option not in sizes_of(name):
-        say(f"left out: {name} has no option {option}")
-        return
-    model, plain = (small(name, **{option: on}, **more) for on in (True, False))
-    with check(device, f"{name}: {option} equals ordinary autograd"):
+def check_own_backward(what, make, make_plain, device):
+    model, plain = make(), make_plain()
+    with check(device, f"{what}: equal to ordinary autograd"):
         ours, theirs = learned(model, device), learned(plain, device)
         assert_same(ours, theirs)
-    with check(device, f"{name}: {option} leaves the same random state"):
+    with check(device, f"{what}: leaves the same random state"):
         assert all(map(torch.equal, ours[3], theirs[3]))
 
 
@@ -387,8 +395,8 @@ def main():
     for name in MODELS:
         check_model(name, device)
         check_training(name, device)
-    for name, option, more in PLAIN_IF_FALSE:
-        check_own_backward(name, option, more, device)
+    for what, makers in OWN_BACKWARD.items():
+        check_own_backward(what, *makers, device)
     say(f"checked in {time.perf_counter() - start:.0f} s")
     report = table(device, args.quick)
     print(f"\n{report}\n")

@@ -13,14 +13,14 @@ def model():
     return FeedbackTransformer(10, 16, 2, 2, 32, mem_len=6).double()
 
 
-def blocks(model, x, kv, C, window=True):
+def blocks(model, x, kv, C):
     outputs, vectors = [], []
     for x_c in x.split(C, dim=1):
         n = x_c.size(1)
         together = x_c.flatten(0, 1), kv.repeat_interleave(n, dim=0)
         output, vector = (y.unflatten(0, (-1, n)) for y in step(model, *together))
         kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
-        kv = kv[:, -model.mem_len :] if window else kv
+        kv = kv[:, -model.mem_len :]
         outputs.append(output)
         vectors.append(vector)
     return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
@@ -28,23 +28,53 @@ def blocks(model, x, kv, C, window=True):
 
 def test_clock():
     exercises.check_clock(lambda L, n, kind: L if kind == "vanilla" else L * (n + 1))
-    with pytest.raises(AssertionError, match=r"my_clock\(4, 0, 'vanilla'\) is 1; 4 layers"):
+    with pytest.raises(AssertionError, match=r"my_clock\(2, 0, 'vanilla'\) is 1; 2 layers"):
         exercises.check_clock(lambda L, n, kind: min(L, n + 1) if kind == "vanilla" else L * (n + 1))
 
 
+def test_clock_in_every_depth():
+    with pytest.raises(AssertionError, match=r"my_clock\(1, 0, 'vanilla'\) is 4; 1 layers"):
+        exercises.check_clock(lambda L, n, kind: 4 if kind == "vanilla" else L * (n + 1))
+
+
 def test_tracker(model):
-    with pytest.raises(AssertionError, match="mem_len is 6, not 1"):
+    model.mem_len = 1  # made with more
+    with pytest.raises(AssertionError, match="mem_len=6, not 1: train a new model"):
         exercises.check_tracker(model)
+    with pytest.raises(AssertionError, match="2 layers, not 1"):
+        exercises.check_tracker(FeedbackTransformer(10, 16, 2, 2, 32, mem_len=1))
     with pytest.raises(AssertionError, match="above 0.9"):
         exercises.check_tracker(FeedbackTransformer(10, 16, 2, 1, 32, mem_len=1))
 
 
+def test_patience():
+    exercises.check_patience([0.8] * 32)
+    with pytest.raises(AssertionError, match="0.29 right"):
+        exercises.check_patience([0.29] * 32)
+
+
+def mixed_up(model, x, kv, C):
+    """The texts of a batch share their memories."""
+    return blocks(model, x, kv.roll(1, dims=0), C)
+
+
+def backwards_in_a_block(model, x, kv, C):
+    turned = torch.cat([x_c.flip(1) for x_c in x.split(C, dim=1)], dim=1)
+    *both, kv = blocks(model, turned, kv, C)
+    back = [torch.cat([y.flip(1) for y in all.split(C, dim=1)], dim=1) for all in both]
+    return *back, kv
+
+
 def test_blocks(model):
     exercises.check_blocks(blocks, model)
-    with pytest.raises(AssertionError, match="C = 4: token 4 has an effect on"):
-        exercises.check_blocks(lambda model, x, kv, C: blocks(model, x, kv, 1), model)
-    with pytest.raises(AssertionError, match="with C = 1 not those of loop"):
-        exercises.check_blocks(lambda *a: tuple(2 * y for y in blocks(*a)), model)
+    for wrong, why in [
+        (lambda model, x, kv, C: blocks(model, x, kv, 1), r"C = 4: outputs are wrong at"),
+        (lambda *a: tuple(2 * y for y in blocks(*a)), "C = 1: outputs are wrong at"),
+        (mixed_up, "own text's memory"),
+        (backwards_in_a_block, "C = 4: outputs are wrong"),
+    ]:
+        with pytest.raises(AssertionError, match=why):
+            exercises.check_blocks(wrong, model)
 
 
 # ---------------------------------------------------------------- chapter 4
@@ -85,6 +115,63 @@ def test_places():
     exercises.check_places(places)
     with pytest.raises(AssertionError, match="1024 places for"):
         exercises.check_places(lambda h, c: len(h))
+
+
+# ---------------------------------------------------------------- appendix A
+
+
+def both_ways(g_m, x, keep, p, W_q, W_k, W_v, W_1, W_2, softmax=True):
+    """The solutions of exercises 2 and 3 in one: the error at p last."""
+    T, d = x.shape
+    q, k, v, z, m, g_q, g_k, g_v, g_z, g_p = torch.zeros(10, T, d, dtype=x.dtype)
+    h, g_h = torch.zeros(2, T, len(W_1), dtype=x.dtype)
+    w, g_m, left = [None] * T, g_m.clone(), x.new_zeros(T, 2 * T)
+    for t in range(T):
+        q[t] = W_q @ x[t]
+        w[t] = ((k[:t] + p[T - t :]) @ q[t]).softmax(dim=0)
+        z[t] = x[t] + (keep[t, :t] * w[t]) @ v[:t]
+        h[t] = (W_1 @ z[t]).relu()
+        m[t] = z[t] + W_2 @ h[t]
+        k[t], v[t] = W_k @ m[t], W_v @ m[t]
+    for t in reversed(range(T)):
+        g_m[t] += W_k.T @ g_k[t] + W_v.T @ g_v[t]
+        g_h[t] = W_2.T @ g_m[t] * (h[t] > 0)
+        g_z[t] = g_m[t] + W_1.T @ g_h[t]
+        g_w = keep[t, :t] * (v[:t] @ g_z[t])
+        g_s = w[t] * (g_w - w[t] @ g_w * softmax)
+        g_q[t] = (k[:t] + p[T - t :]).T @ g_s
+        g_k[:t] += torch.outer(g_s, q[t])
+        g_v[:t] += torch.outer(keep[t, :t] * w[t], g_z[t])
+        g_p[T - t :] += torch.outer(g_s, q[t])
+        left[t, T : T + t] = g_s
+    at_once = left.as_strided((T, T), (2 * T + 1, 1)).T @ q
+    torch.testing.assert_close(at_once, g_p)
+    weights = g_q.T @ x, g_k.T @ m, g_v.T @ m, g_h.T @ z, g_m.T @ h
+    return g_z + g_q @ W_q, *weights, at_once
+
+
+def test_dropout_backwards():
+    def mine(g_m, x, keep, *weights, **wrong):
+        return both_ways(g_m, x, keep, torch.zeros_like(x), *weights, **wrong)[:-1]
+
+    exercises.check_dropout_backwards(mine)
+    with pytest.raises(AssertionError, match="the error at x: expected"):
+        exercises.check_dropout_backwards(lambda *given: mine(*given, softmax=False))
+    with pytest.raises(AssertionError, match="1 errors; return those at x, W_q"):
+        exercises.check_dropout_backwards(lambda *given: mine(*given)[:1])
+
+
+def test_ages_backwards():
+    def mine(g_m, x, p, *weights):
+        ones = x.new_ones(len(x), len(x))
+        g_x, *g_weights, g_p = both_ways(g_m, x, ones, p, *weights)
+        return g_x, g_p, *g_weights
+
+    exercises.check_ages_backwards(mine)
+    with pytest.raises(AssertionError, match="the error at p: expected"):
+        exercises.check_ages_backwards(
+            lambda *given: [e.flip(0) if n == 1 else e for n, e in enumerate(mine(*given))]
+        )
 
 
 # ---------------------------------------------------------------- appendix B
