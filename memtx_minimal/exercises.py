@@ -65,7 +65,8 @@ def in_blocks(model, x, kv, C):
     for x_c in x.split(C, dim=1):
         steps = [step(model, x_t, kv) for x_t in x_c.unbind(dim=1)]
         output, vector = (torch.stack(y, dim=1) for y in zip(*steps))
-        kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)[:, -model.mem_len :]
+        kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
+        kv = kv[:, -model.mem_len :]
         outputs.append(output)
         vectors.append(vector)
     return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
@@ -104,9 +105,11 @@ def check_sets(my_sets):
         queries, keys = (h[:, None], chunk[:, None]), (h, chunk)
         found = in_set(*queries, *keys).tril()  # (T, T)
         mine = my_sets(h.tolist(), c)
+        if len(mine) != T:
+            raise AssertionError(f"{len(mine)} sets for {T} tokens")
         for i, row in enumerate(found):
             right = row.nonzero().flatten().tolist()
-            if sorted(mine[i]) != right:
+            if list(mine[i]) != right:
                 given = f"buckets {h.tolist()}, c = {c}"
                 raise AssertionError(f"{given}: the set of {i} is {right}: {mine[i]}")
     print("right")
@@ -121,12 +124,14 @@ def check_once(with_N, without_N):
         raise AssertionError(f"{with_N[0]:.4f} and {without_N[0]:.4f}: {expected}")
     if all(abs(a - b) < 1e-6 for a, b in zip(with_N[1:], without_N[1:])):
         raise AssertionError("equal with more rounds, too: was count_once switched?")
+    if max(abs(a - b) for a, b in zip(with_N, without_N)) > 0.2:
+        raise AssertionError("the two differ by more than 0.2 nats: is it one model?")
     print("right")
 
 
 def check_broken(relative):
     """Chapter 4, exercise 3."""
-    if not relative > 1e-3:
+    if not 0.01 < relative < 1:
         expected = "other numbers are dropped: an error of some percent"
         raise AssertionError(f"{relative:.0e}; where nothing is put back, {expected}")
     print(f"right: {relative:.0%} off")
@@ -136,8 +141,8 @@ def check_places(my_places):
     """Chapter 4, exercise 4."""
     for seed in range(5):
         h = torch.randint(32, (1024,), generator=torch.Generator().manual_seed(seed))
-        right = sum(16 * math.ceil(n / 16) for n in torch.bincount(h).tolist())
-        mine = my_places(h.tolist(), 16)
+        right = sum(64 * math.ceil(n / 64) for n in torch.bincount(h).tolist())
+        mine = my_places(h.tolist(), 64)
         if mine != right:
             sizes = torch.bincount(h).tolist()
             raise AssertionError(f"{mine} places for {sizes}, not {right}")
@@ -166,10 +171,12 @@ def check_with(mine, x, given, keep, p, learns_p):
     right = torch.autograd.grad(torch.stack(out), wanted, g_m)
     errors = mine(g_m, x, given, *random[1:])
     if len(errors) != len(names):
-        raise AssertionError(f"{len(errors)} errors; return those at {', '.join(names)}")
+        wanted = ", ".join(names)
+        raise AssertionError(f"{len(errors)} errors; return those at {wanted}")
     for name, a, b in zip(names, errors, right):
         if a.shape != b.shape or not torch.allclose(a, b):
-            raise AssertionError(f"the error at {name}: expected\n{b}\nbut got\n{a}")
+            got = f"expected\n{b}\nbut got\n{a}"
+            raise AssertionError(f"the error at {name}: {got}")
     print("right")
 
 
@@ -211,7 +218,8 @@ def check_rounds(add_rounds):
     values = torch.randn(3, 4, 2, generator=generator)
     tops = list(scores.amax(dim=-1, keepdim=True))
     p = [(s - top).exp2() for s, top in zip(scores, tops)]
-    totals, outs = [x.sum(dim=-1, keepdim=True) for x in p], list(map(torch.mm, p, values))
+    totals = [x.sum(dim=-1, keepdim=True) for x in p]
+    outs = list(map(torch.mm, p, values))
     weights = (torch.cat(list(scores), dim=-1) * math.log(2)).softmax(dim=-1)
     right, mine = weights @ values.flatten(0, 1), add_rounds(tops, totals, outs)
     if not torch.allclose(mine, right, atol=1e-5):

@@ -482,8 +482,8 @@ class CachedInPlace(nn.Module):
     """What feedback_transformer.Cached computes; its memory is a Cache, moved only when
     its room is full.
 
-    The model is checked at the start of a text and wherever several tokens come: what is
-    changed in it between two single tokens goes unseen.
+    The model is checked at the start of a text and wherever several tokens come: what
+    is changed in it between two single tokens goes unseen.
     """
 
     def __init__(self, model):

@@ -92,6 +92,10 @@ def test_sets():
     for wrong in (lambda h, c: sets(h, c, (0,)), lambda h, c: sets([0] * len(h), c)):
         with pytest.raises(AssertionError, match="the set of"):
             exercises.check_sets(wrong)
+    with pytest.raises(AssertionError, match="the set of"):
+        exercises.check_sets(lambda h, c: [s[::-1] for s in sets(h, c)])
+    with pytest.raises(AssertionError, match="6 sets for 5 tokens"):
+        exercises.check_sets(lambda h, c: [*sets(h, c), []])
 
 
 def test_once():
@@ -102,12 +106,15 @@ def test_once():
         exercises.check_once([2.3, 2.2, 2.1, 2.0], [2.3, 2.2, 2.1, 2.0])
     with pytest.raises(AssertionError, match="two lists of four"):
         exercises.check_once([2.3], [2.3])
+    with pytest.raises(AssertionError, match="more than 0.2"):
+        exercises.check_once([9.0] * 4, [9, 1, 20, 5])
 
 
 def test_broken():
     exercises.check_broken(0.2)
-    with pytest.raises(AssertionError, match="other numbers are dropped"):
-        exercises.check_broken(1e-12)
+    for wrong in (1e-12, 5e9, float("inf")):
+        with pytest.raises(AssertionError, match="other numbers are dropped"):
+            exercises.check_broken(wrong)
 
 
 def test_places():
