@@ -1050,7 +1050,8 @@ for kind in KINDS:
     live[kind] = text_loss(models[kind])
     first = history["loss"][0]
     print(f"{kind:12}: {first:.2f} nats at first, {live[kind]:.3f} at last")
-reformer, text_band = models["2 rounds"], bands.load("04_text_losses", corpus.name)
+reformer = models["2 rounds"]
+text_band = bands.load("04_text_losses", corpus.name)
 text_band.check(live, margin=0.05)
 
 # %%
@@ -1232,7 +1233,8 @@ figures.table(
         for name, row in far.items()
     ],
 )
-bands.load("04_far_table", text=None).check(far, margin=0.1)
+far_band = bands.load("04_far_table", text=None)
+far_band.check(far, margin=0.1)
 assert all(row[1] > 0.95 and row[5] < 0.1 for row in far.values())
 
 # %% [markdown]

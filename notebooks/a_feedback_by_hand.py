@@ -66,7 +66,7 @@ from memtx_minimal.vanilla_transformer import VanillaTransformer
 SEED = 0
 started = time.perf_counter()
 figures.use_style()
-torch.manual_seed(SEED)
+_ = torch.manual_seed(SEED)
 
 # %% [markdown]
 # ## A.1 The chain rule in two columns

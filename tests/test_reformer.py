@@ -700,15 +700,17 @@ def test_odd_vectors_and_buckets_are_refused():
         with pytest.raises(ValueError, match=words):
             hash_vectors(q, 4, n_rounds, seed=0)
     for handed, words in [
-        ((q, q[:, :, 1:], q, buckets, 2), "differ"),
-        ((q, q[..., 1:], q, buckets, 2), "use one number"),
-        ((q, q, q, buckets[..., 1:], 2), "pass integers"),
-        ((q, q, q, buckets.float(), 2), "pass integers"),
-        ((q, q, q, buckets, 0), "chunk_len=0 is not a whole number >= 1"),
-        ((q, q, q, buckets, 2.5), "chunk_len=2.5 is not"),
+        ((q, q[:, :, 1:], q, buckets), "differ"),
+        ((q, q[..., 1:], q, buckets), "use one number"),
+        ((q, q, q, buckets[..., 1:]), "pass integers"),
+        ((q, q, q, buckets.float()), "pass integers"),
     ]:
         with pytest.raises(ValueError, match=words):
-            lsh_attention(*handed)
-    assert lsh_attention(*(x.half() for x in (q, q, q)), buckets, 2).dtype == torch.float16
+            lsh_attention(*handed, Settings(2))
+    for c, words in [(0, "chunk_len=0 is not a whole number >= 1"), (2.5, "chunk_len=2.5 is not")]:
+        with pytest.raises(ValueError, match=words):
+            Settings(c)
+    half = lsh_attention(*(x.half() for x in (q, q, q)), buckets, Settings(2))
+    assert half.dtype == torch.float16
     with pytest.raises(ValueError, match="T=41 is not a number in 1 ... 40"):
         make().positions(41)
