@@ -77,7 +77,7 @@ def test_make_test_runs_the_notebooks_in_its_own_python(misleading, monkeypatch)
     monkeypatch.delenv("PYTHONSTARTUP")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # quicker
     makefile = sync.read(ROOT / "Makefile")
-    (options,) = re.findall(r"pytest (--nbval.*) notebooks/", makefile)
+    (options,) = re.findall(r"pytest -p no:cacheprovider (--nbval.*)", makefile)
     pytest = [sys.executable, "-m", "pytest", "-p", "nbval.plugin"]
     done = subprocess.run(
         [*pytest, *options.split(), misleading.name],
