@@ -11,7 +11,7 @@ book: $(READY)  ## run every notebook live, training included, and render the bo
 
 test: $(READY)  ## run the tests, every notebook, the strict book build and the page checks
 	@# The tests and the notebooks side by side, in two processes of one thread: faster than two threads for each.
-	ls -d tests notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest -p no:cacheprovider --nbval-lax --nbval-current-env
+	printf '%s\n' tests notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest -p no:cacheprovider --nbval-lax --nbval-current-env
 	$(BIN)/python book/build.py --strict
 	$(BIN)/python tests/check_pages.py book/_build/html
 
