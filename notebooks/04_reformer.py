@@ -101,6 +101,8 @@ alt = (
     "has parted them; then the order of the text is restored."
 )
 figures.show_animation([figures.rows(TEXT, [row]) for row in rows], alt, seconds=1.6)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figures.show(figures.rows(TEXT, rows), alt)
 
 # %% [markdown]
