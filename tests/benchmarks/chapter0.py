@@ -9,8 +9,6 @@ from pathlib import Path
 import sides
 import torch
 
-from memtx_minimal import checkpoints, corpora, inputs, pretrain, training
-
 MODELS = {
     "vanilla": ("vanilla_transformer", {"max_len": sides.T}),
     "xl": ("transformer_xl", {"mem_len": sides.T}),
@@ -19,6 +17,8 @@ MODELS = {
 
 def checks():
     """Microseconds of a training step, and of all that a model checks in one."""
+    from memtx_minimal import checkpoints, inputs  # rows on public packages lack pooch
+
     name, own = MODELS["xl"]
     model = checkpoints.MODELS[name](sides.VOCAB, **sides.SIZE | own)
     step = sides.training("step", model)
@@ -47,6 +47,8 @@ SIZES = sides.SIZE | {"mem_len": sides.T, "dropout": 0.1}
 
 def long_training():
     """Seconds of a training by pretrain, checkpoints included, and by train."""
+    from memtx_minimal import checkpoints, corpora, pretrain, training
+
     corpus = corpora.synthetic_play(200_000)
     run = {"steps": STEPS, "batch_size": sides.BATCH, "segment_len": sides.T}
 
