@@ -144,10 +144,17 @@ class Memory(nn.Module):
         return compressed[:, first:], recent, loss
 
 
+def pieces(model, tokens):
+    """Tokens (B, T) in pieces of mem_len; they and both lengths, checked."""
+    rate = model.memories[0].rate
+    inputs.check_sizes({"compressed_len": model.compressed_len})
+    inputs.check_multiple("mem_len", model.mem_len, "compression_rate", rate)
+    inputs.check_tokens(tokens, model.embedding.num_embeddings)
+    return tokens.split(model.mem_len, dim=1)
+
+
 def read_piece(model, tokens, memory):
     """At most mem_len tokens -> states (B, T, d_model), memory, loss, with graphs."""
-    inputs.check_sizes({"compressed_len": model.compressed_len})
-    inputs.check_tokens(tokens, model.embedding.num_embeddings)
     x = model.dropout(model.embedding(tokens))  # (B, T, d_model)
     nothing_yet = [(x[:, :0], x[:, :0])] * len(model.layers)  # (B, 0, d_model) each
     memory = inputs.checked_memory(memory, nothing_yet)
@@ -170,10 +177,11 @@ def read_piece(model, tokens, memory):
 class CompressiveTransformer(nn.Module):
     """A language model with a memory in each layer, and a compressed memory behind it.
 
-    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, and in training a
-    compression loss, but for None and "bptt" (pass two pieces of mem_len or more).
+    tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory, and in training
+    a compression loss, a scalar. There is none with loss=None, nor with "bptt", which
+    trains f_c by the logits of later pieces (pass two or more of mem_len at once).
     Memory, for each layer: detached (B, C, d_model), (B, M, d_model); both lengths may
-    be changed at any time. The first segments give f_c no gradient, as DDP must know.
+    be changed. Until something is compressed f_c has no gradient, as DDP must know.
     """
 
     def __init__(
@@ -197,15 +205,14 @@ class CompressiveTransformer(nn.Module):
 
     loss = property(lambda self: self.memories[0].loss)  # chosen when it was built
 
-    def clip_groups(self):
+    def clip_groups(self):  # the language model's parameters, and those that compress
         compression = list(self.memories.parameters())
         ids = {id(p) for p in compression}
         return [[p for p in self.parameters() if id(p) not in ids], compression]
 
     def forward(self, tokens, memory=None):
-        inputs.check_multiple("mem_len", self.mem_len, "c", self.memories[0].rate)
         states, losses = [], []
-        for piece in inputs.pieces(tokens, self.mem_len):
+        for piece in pieces(self, tokens):
             x, memory, loss = read_piece(self, piece, memory)
             states.append(x), losses.append(loss)
         logits = self.head(self.norm(torch.cat(states, dim=1)))  # (B, T, vocab_size)

@@ -152,7 +152,7 @@ def check_places(my_places):
 # ---------------------------------------------------------------- appendix A
 
 
-def check_with(mine, x, given, keep, p, learns_p):
+def against_autograd(mine, x, given, keep, p, learns_p):
     """mine(g_m, x, given, *weights) against autograd: one layer, one head, one text."""
     T, g = len(x), torch.Generator().manual_seed(1)
     shapes = [x.shape, *[(4, 4)] * 3, (8, 4), (4, 8)]
@@ -185,14 +185,14 @@ def check_dropout_backwards(mine):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(7, 4, generator=g, dtype=torch.float64)
     keep = (torch.rand(7, 7, generator=g) < 0.7).double() / 0.7
-    check_with(mine, x, keep, keep, torch.zeros_like(x), learns_p=False)
+    against_autograd(mine, x, keep, keep, torch.zeros_like(x), learns_p=False)
 
 
 def check_ages_backwards(mine):
     """Appendix A, exercise 3: mine(g_m, x, p, *weights) -> the errors."""
     g = torch.Generator().manual_seed(0)
     x, p = torch.randn(2, 7, 4, generator=g, dtype=torch.float64)
-    check_with(mine, x, p, x.new_ones(7, 7), p, learns_p=True)
+    against_autograd(mine, x, p, x.new_ones(7, 7), p, learns_p=True)
 
 
 # ---------------------------------------------------------------- appendix B

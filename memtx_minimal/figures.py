@@ -194,7 +194,7 @@ def rows(text, rows):
             axes.text(x, y, text[i], **look)
         for n in range(1, len(text) // c if c else 0):
             here, look = n * (c + 0.7) + (c - 1) / 2, dict(arrowstyle="->", color="black")
-            look |= dict(connectionstyle="arc3,rad=-0.3")
+            look |= dict(connectionstyle="arc3,rad=-0.12")
             ends = (here - c - 0.7, y - 0.3), (here, y - 0.3)
             axes.annotate("", *ends, arrowprops=look)
     axes.set(xlim=(-0.7, len(text) + 1), ylim=(-0.75, len(rows) - 0.2))

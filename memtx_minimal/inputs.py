@@ -119,13 +119,6 @@ def check_tokens(tokens, vocab_size, max_len=None):
         raise ValueError(f"token {worst}: this vocabulary has 0 ... {vocab_size - 1}")
 
 
-def pieces(tokens, length):
-    """Tokens (B, T) in pieces of a length; what is no such tensor stays whole."""
-    if isinstance(tokens, torch.Tensor) and tokens.dim() == 2:
-        return tokens.split(length, dim=1)
-    return [tokens]
-
-
 def check_vectors(**vectors):
     """Refuse all but floating-point vectors (B, H, T, d), B, H, T the same in all."""
     first, name = next(iter(vectors.values())), next(iter(vectors))

@@ -1030,7 +1030,7 @@ figures.table(
 )
 
 # %% [markdown]
-# After a thousand tokens, most of what a token costs are the copies. Without them it costs less than half; what
+# After a thousand tokens, most of what a token costs are the copies. Without them it costs far less; what
 # still grows is attention itself, which has more to read.
 
 # %% [markdown]
