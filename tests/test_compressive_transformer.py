@@ -371,5 +371,5 @@ def test_lengths_may_be_changed_at_any_time(lengths):
         before = read(given, text, 4)[1]
         torch.testing.assert_close(given(text[:, :4], before)[0], other(text[:, :4], before)[0])
     model.mem_len = 3
-    with pytest.raises(ValueError, match="mem_len=3 is not a multiple of c=2"):
+    with pytest.raises(ValueError, match="mem_len=3 is not a multiple of compression_rate=2"):
         model(text)
