@@ -99,6 +99,7 @@ def readme_clone(url, names):
 
 
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
+    "attention": ["vanilla_transformer"],
     "feedback_by_hand": ["fast_feedback"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}

@@ -3,10 +3,100 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from memtx_minimal import tasks
 from memtx_minimal.feedback_transformer import step
 from memtx_minimal.reformer import in_set
+from memtx_minimal.vanilla_transformer import sinusoid
+
+# ---------------------------------------------------------------- chapter 0
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_attention(my_attention):
+    """Chapter 0, exercise 1."""
+    for T, d in [(1, 4), (2, 4), (7, 3)]:
+        q, k, v = random(3, T, d)
+        right = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mine = my_attention(q, k, v)
+        if mine.shape != right.shape:
+            raise AssertionError(f"the shape is {tuple(mine.shape)}, not {(T, d)}")
+        wrong = ((mine - right).abs().amax(dim=1) > 1e-4).nonzero().flatten().tolist()
+        if wrong:
+            why = "query t sees keys 0 ... t, scores are divided by the root of d"
+            raise AssertionError(f"T = {T}, d = {d}: queries {wrong} are wrong: {why}")
+    print("right")
+
+
+def check_cache(my_cache):
+    """Chapter 0, exercise 2."""
+    for T, B, n_kv_heads in [(1, 1, 1), (100_000, 1, 32), (100_000, 6, 8)]:
+        mine, right = my_cache(T, B, n_kv_heads), 2 * 32 * T * B * n_kv_heads * 128 * 2
+        if mine != right:
+            why = "count keys and values, layers, texts, tokens, heads, d_head, bytes"
+            raise AssertionError(f"{(T, B, n_kv_heads)}: {mine}, not {right}: {why}")
+    print("right")
+
+
+def check_turn(my_turn):
+    """Chapter 0, exercise 3."""
+    for d_model, k in [(2, 1), (8, 0), (64, 1), (64, 9)]:
+        P, turn = sinusoid(torch.arange(40), d_model), my_turn(k, d_model)
+        if turn.shape != (d_model, d_model):
+            shapes = f"{tuple(turn.shape)}, not {(d_model, d_model)}"
+            raise AssertionError(f"the shape is {shapes}")
+        off = (P[: 40 - k] @ turn - P[k:]).abs().amax(dim=0)  # (d_model,)
+        if off.max() > 1e-3:
+            wrong = (off > 1e-3).nonzero().flatten().tolist()
+            where = f"k = {k}, d_model = {d_model}"
+            raise AssertionError(f"{where}: dimensions {wrong} are wrong")
+    print("right")
+
+
+@torch.inference_mode()
+def check_slide(my_slide, model):
+    """Chapter 0, exercise 4; model has a window of 64."""
+    (vocab_size, d_model), device = model.embedding.weight.shape, model.head.bias.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (1, 65), generator=generator).to(device)
+    positions = torch.arange(65, device=device).clamp(max=63)  # the last two share one
+    mask = torch.ones(65, 65, dtype=torch.bool, device=device).tril()
+    mask[64, 0] = False  # dropped before the last one came
+    x = model.embedding(tokens) + sinusoid(positions, d_model)
+    for layer in model.layers:
+        attention = layer.attention
+        qkv = attention.query_key_value(layer.norm_attention(x))
+        qkv = qkv.unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+        x = x + attention.out(heads.transpose(1, 2).flatten(2))
+        x = x + layer.feed_forward(layer.norm_feed_forward(x))
+    right, again = model.head(model.norm(x))[:, -1], model(tokens[:, 1:])[0][:, -1]
+    off = (my_slide(tokens) - right).abs().max().item()
+    if off > 1e-3:
+        why = "64 tokens into the cache, the first of each layer out, then the last token"
+        raise AssertionError(f"the logits are wrong by {off:.2g}: {why}")
+    print(f"right: {(right - again).abs().max():.2f} from those of the last 64 read anew")
+
+
+@torch.inference_mode()
+def check_sliding(my_sliding, model, stream):
+    """Chapter 0, exercise 5; model has a window of 64."""
+    for n in (1, 30):
+        losses = []
+        for t in range(64, 64 + n):
+            window, target = stream[t - 64 : t][None], stream[t : t + 1]
+            logits = model(window.to(model.head.weight.device))[0][:, -1]
+            losses.append(F.cross_entropy(logits.cpu(), target.cpu()).item())
+        mine, right = float(my_sliding(model, stream, n)), sum(losses) / n
+        if abs(mine - right) > 1e-3:
+            why = "character 64 is the first with 63 before the one that predicts it"
+            raise AssertionError(f"n = {n}: {mine:.4f}, not {right:.4f}: {why}")
+    print("right")
+
 
 # ---------------------------------------------------------------- chapter 3
 

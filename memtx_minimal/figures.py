@@ -250,3 +250,38 @@ def unrolled_feedback(axes, n_layers, *, now):
     axes.set(xlim=(-0.7, now + 0.7), ylim=(-0.4, top + 0.4))
     axes.grid(False)
     axes.spines[:].set_visible(False)
+
+
+FOUR_ANSWERS = (
+    "What the latest tokens read. Vanilla: their window alone. Transformer-XL: also the "
+    "states of the segment before, layer by layer. Compressive: also squares that stand "
+    "for several older states. Feedback: one square for each earlier step, read by every "
+    "layer. Reformer: all tokens in one long window, but only those of the same colour."
+)
+
+
+def four_answers():
+    """What a token reads, in the vanilla transformer and in the papers: a new figure."""
+    figure, axes = plt.subplots(5, 1, figsize=(6.4, 8.8))
+    window, memory, alike = range(8, 12), range(4, 8), [0, 1, 0, 2] * 3
+    title = "0 Vanilla: the window is all there is"
+    unrolled(axes[0], 2, 12, now=window, sees=lambda i: range(8, i + 1), title=title)
+    look = {"now": window, "cached": memory, "sees": lambda i: range(4, i + 1)}
+    title = "1 Transformer-XL: and the states of the segment before"
+    unrolled(axes[1], 2, 12, title=title, **look)
+    title = "2 Compressive: and squares, each made of two older states"
+    unrolled(axes[2], 2, 12, title=title, **look)
+    for old, layer in [(0.5, 0), (2.5, 0), (0.5, 1), (2.5, 1)]:
+        axes[2].scatter([old], [layer], s=110, marker="s", color=GREEN, zorder=3)
+        for i in window:
+            line = {"color": GREEN, "linewidth": 0.9, "alpha": 0.55, "zorder": 1}
+            axes[2].plot([old, i], [layer, layer + 1], **line)
+    unrolled_feedback(axes[3], 2, now=11)
+    axes[3].set_title("3 Feedback: all layers of all steps before")
+    sees = lambda i: [j for j in range(i + 1) if alike[j] == alike[i]]
+    title = "4 Reformer: a long window, and only what is alike"
+    unrolled(axes[4], 2, 12, now=range(12), sees=sees, title=title)
+    colors = [(BLUE, ORANGE, GREEN)[n] for n in alike]
+    for layer in range(3):
+        axes[4].scatter(range(12), [layer] * 12, s=60, color=colors, zorder=3)
+    return figure

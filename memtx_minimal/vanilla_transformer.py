@@ -15,16 +15,6 @@ from torch import nn
 from memtx_minimal import inputs
 
 
-def sinusoid(positions, d_model):
-    """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani
-    et al., section 3.5."""
-    inputs.check_even("d_model", d_model)
-    evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
-    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
-    angles = positions[:, None] / wavelengths  # in float32, whatever the model's dtype
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 class CausalAttention(nn.Module):
     """Multi-head attention in which position t sees the positions 0 ... t of its own
     window."""
@@ -64,6 +54,16 @@ class Layer(nn.Module):
         """x (B, T, d_model) -> (B, T, d_model)."""
         x = x + self.dropout(self.attention(self.norm_attention(x)))
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
+
+
+def sinusoid(positions, d_model):
+    """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani
+    et al., section 3.5."""
+    inputs.check_even("d_model", d_model)
+    evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    angles = positions[:, None] / wavelengths  # in float32, whatever the model's dtype
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class VanillaTransformer(nn.Module):

@@ -1,0 +1,1014 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 0. Attention from nothing
+
+# %% [markdown] tags=["badges"]
+# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/00_attention.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/00_attention.ipynb)
+
+# %% [markdown]
+# The four papers of this book change one thing about the transformer: what it remembers. To see what
+# they change, you need the transformer itself. This chapter builds it, from a line of text to a model
+# that writes Shakespeare-like verse, and ends with the question that the rest of the book answers:
+# **what does it not remember?**
+#
+# **When you have read it, you can**
+# - compute attention by hand, with numbers, and say what the scale, the mask and the heads are for;
+# - write a transformer language model in a hundred lines, and say what each part does;
+# - turn a text into batches, train on it, and read a loss in nats and in bits per character;
+# - speed up generation with a key-value cache, and say what the cache costs.
+#
+# **You need** PyTorch: tensors, `nn.Module`, `backward`. You need not know transformers.
+#
+# **Time and memory.** An hour to read, about 2 minutes and 1 GiB to run on two CPU cores. The last
+# cell prints what it took on your machine.
+
+# %% tags=["colab-install"]
+import subprocess
+import sys
+
+# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
+if "google.colab" in sys.modules:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    package = "git+https://github.com/memtx-minimal/memtx-minimal"
+    subprocess.check_call([*pip, "pooch", package])
+
+# %% tags=["setup"]
+import math
+import time
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from memtx_minimal import (
+    bands, corpora, exercises, figures, inputs, measure, training,
+)  # fmt: skip
+from memtx_minimal.training import (
+    adamw, autocast, batches, check_finite, clip_groups, cross_entropy, device_of,
+    read, validate, warmup_cosine,
+)  # fmt: skip
+
+started = time.perf_counter()
+figures.use_style()
+device = training.best_device()
+SEED = 0
+print(f"PyTorch {torch.__version__} on {device}")
+
+# %% [markdown]
+# Code in this book says the shape of a tensor at the end of the line, as in `# (B, T, d_model)`. Each
+# letter has one meaning, the same in all chapters; section 0.8 has the whole table. In this chapter:
+#
+# | letter | meaning | letter | meaning |
+# | --- | --- | --- | --- |
+# | `B` | batch: texts side by side | `H` | attention heads |
+# | `T` | tokens in the segment | `d_model` | width of a hidden state |
+# | `L` | layers | `d_head` | width of a head, `d_model / H` |
+#
+# (A *segment* is the piece of text that is read at once. In this chapter it is all that the model sees, and
+# is also called the *window*. A *hidden state*, or state for short, is the vector of a token somewhere in the
+# model.)
+#
+# ## 0.1 Text becomes numbers
+#
+# A model computes with numbers, so the text is cut into **tokens**, and each kind of token gets a
+# number. Ours are single characters.
+
+# %% tags=["setup"]
+corpus = corpora.tiny_shakespeare()
+
+# %%
+print(f"{corpus.name}: {len(corpus.text):,} characters, {len(corpus.vocab)} different")
+print(corpus.text[:75])
+print("To be ->", corpus.vocab.encode("To be").tolist())
+
+# %% [markdown]
+# Large models use pieces of words instead, some 50,000 to 250,000 kinds. Characters suit a course
+# better. There is nothing to learn before you start, the table of tokens is tiny, and the model fits
+# two CPU cores. The price: a sentence is four or five times as many tokens long. For a book about
+# memory that is no drawback, since the end of the window is reached that much sooner.
+#
+# A **language model** reads tokens and predicts the next one. It does so at every position at once:
+# after the first token it predicts the second, after the first two the third, and so on. The
+# **targets** are thus the tokens themselves, one step later.
+
+# %%
+tokens, targets = corpus.train[:8], corpus.train[1:9]  # (T,) each
+for n in range(4):
+    seen = corpus.vocab.decode(tokens[: n + 1])
+    print(f"has read {seen!r:8} should say {corpus.vocab.decode(targets[n : n + 1])!r}")
+
+# %% [markdown]
+# A prediction is a probability for each character of the vocabulary. How good is it? If the model
+# gave probability $p$ to the character that really came, its **loss** there is $-\ln p$: zero if it
+# was certain and right, large if it was surprised. The average over a text is the **cross-entropy**, in
+# *nats* per character. Papers on characters use the logarithm to base 2 instead and speak of *bits*;
+# a nat is $1 / \ln 2$, about 1.44 bits.
+#
+# Three models that need no training set the scale. The first gives all characters the same
+# probability. The second knows how often each occurs. The third knows, for each character, how often
+# each other one follows it.
+
+# %%
+size = len(corpus.vocab)
+pairs = torch.zeros(size, size, dtype=torch.float64)
+pairs.index_put_(
+    (corpus.train[:-1], corpus.train[1:]), torch.tensor(1.0).double(), accumulate=True
+)
+followers = (pairs + 0.01) / (pairs + 0.01).sum(dim=1, keepdim=True)  # rows sum to 1
+often = pairs.sum(dim=0) / pairs.sum()
+
+now, later = corpus.valid[:-1], corpus.valid[1:]
+simple = {
+    "all alike": math.log(size),
+    "how often each occurs": -often[later].log().mean().item(),
+    "what follows what": -followers[now, later].log().mean().item(),
+}
+assert list(simple.values()) == sorted(simple.values(), reverse=True)
+figures.table(
+    f"Loss on validation text ({corpus.name})",
+    ["the model knows", "nats", "bits"],
+    [
+        [name, f"{loss:.2f}", f"{training.bits_per_character(loss):.2f}"]
+        for name, loss in simple.items()
+    ],
+)
+
+# %% [markdown]
+# (The 0.01 gives pairs that never occur in the training text a small probability, so that the loss
+# stays finite.) To know the last character is worth a lot. To know what came before it is worth more;
+# but a table of all three-character contexts is 65 times as large as one of two, and one of ten
+# characters could never be filled. A model has to *choose* what it looks at.
+#
+# ## 0.2 One query, by hand
+#
+# **Attention** is the choosing. Take the word `hello`. Suppose the model stands at the `o` and wants
+# to know which vowels the word has had so far. The `o` states what it looks for, in a vector called
+# the **query**. Each letter offers a vector that says what it is, its **key**, and one that says
+# what it has to tell, its **value**. We choose them by hand: a key is (vowel?, consonant?), and a
+# value is simply the letter's place in the alphabet.
+
+# %%
+keys = torch.tensor([[0.0, 1], [1, 0], [0, 1], [0, 1], [1, 0]])  # h e l l o
+values = torch.tensor([[8.0], [5], [12], [12], [15]])
+query = torch.tensor([3.0, 0])  # "vowels, please", with emphasis 3
+
+scores = keys @ query  # (5,)
+print("scores ", scores.tolist())
+
+# %% [markdown]
+# A **score** is the dot product of the query with a key: large where the two point the same way. The
+# **softmax** turns scores into weights, which are positive and sum to 1:
+#
+# $$
+# \text{weight}_j = \frac{\exp(\text{score}_j)}{\sum_i \exp(\text{score}_i)} .
+# $$
+
+# %%
+weights = scores.exp() / scores.exp().sum()  # (5,)
+for letter, weight in zip("hello", weights):
+    print(f"{letter}  {weight:.3f}")
+assert torch.allclose(weights, scores.softmax(dim=0))
+
+# %% [markdown]
+# The result is the mean of the values, each with its weight:
+
+# %%
+out = weights @ values  # (1,)
+print(f"{out.item():.2f}: near 10, halfway between e, the 5th letter, and o, the 15th")
+assert abs(out.item() - 10) < 0.2
+
+# %% [markdown]
+# So the query has fetched what the two vowels had to tell, and left the consonants nearly unread.
+# *Nearly*: weights are never zero. That is what makes it trainable. The result changes smoothly with
+# query, keys and values, so gradients tell each of them how to become more useful. In a model all
+# three are computed from the state of the token, by matrices that are learned.
+#
+# ### Why the scores are divided
+#
+# With two dimensions a score of 3 was plenty. What happens in more? The dot product of two random
+# vectors of $d$ numbers is a sum of $d$ products, and its spread grows like $\sqrt d$. Large scores
+# make the softmax pick one key and ignore the rest. Then nothing is learned about the others: their
+# weights, and with them their gradients, are almost zero. So the scores are divided by
+# $\sqrt{d}$.
+
+# %%
+torch.manual_seed(SEED)
+rows = []
+for d in (4, 64, 1024):
+    q, k = torch.randn(1000, 1, d), torch.randn(1000, 16, d)  # 1,000 queries, 16 keys
+    scores = (q @ k.mT).squeeze(1)  # (1000, 16)
+    largest = [s.softmax(-1).amax(-1).mean().item() for s in (scores, scores / d**0.5)]
+    rows.append([d, f"{scores.std():.1f}", *(f"{weight:.2f}" for weight in largest)])
+    assert 0.9 < scores.std() / d**0.5 < 1.1 and largest[1] < 0.35
+assert largest[0] > 0.9
+figures.table(
+    "Random queries, 16 random keys: the largest weight, on average",
+    ["d", "spread of the scores", "as they are", "divided by the root of d"],
+    rows,
+)
+
+# %% [markdown]
+# ### All queries at once, and no look ahead
+#
+# Every token asks. Put the queries in the rows of a matrix $Q$, the keys in the rows of $K$ and
+# the values in the rows of $V$ (here, as in the papers, $K$ is the matrix of keys, not their
+# number), and all scores are one matrix product:
+#
+# $$
+# \text{Attention}(Q, K, V) = \text{softmax}\left( \frac{Q K^\top}{\sqrt{d}} \right) V .
+# $$
+#
+# There is one thing that a query must not do. The model is trained to predict the next token at
+# every position, and the next token stands right there, one row below. So each query sees the keys
+# up to its own and none after: the **causal mask**. Before the softmax the scores of later keys
+# become minus infinity, and $\exp(-\infty) = 0$.
+
+# %%
+T, d = 5, 2
+torch.manual_seed(SEED)
+Q, K, V = (torch.randn(T, d) for _ in range(3))
+future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T): True where key > query
+
+
+def attend(Q, K, V):
+    """Causal attention of T queries to T keys: (T, d) each -> (T, d)."""
+    scores = Q @ K.T / d**0.5  # (T, T): a row for each query
+    weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (T, T)
+    return weights, weights @ V
+
+
+weights, out = attend(Q, K, V)
+print(weights.numpy().round(2))
+
+# %% [markdown]
+# Row by row: the first token can look at itself alone, the second at two, the last at all five. Each
+# row sums to 1. Does the mask hold? Change the last token, and nothing before it may move:
+
+# %%
+K[-1], V[-1] = 100.0, 100.0
+_, changed = attend(Q, K, V)
+print("moved:", (changed != out).any(dim=1).tolist())
+assert torch.equal(changed[:-1], out[:-1]) and not torch.equal(changed[-1], out[-1])
+
+# %% [markdown]
+# ## 0.3 Heads
+#
+# One softmax gives one mean. But a token may want several things at once: the last vowel, the start
+# of the word, who is speaking. So the model does attention several times side by side, in `H`
+# **heads**. Each works on `d_head = d_model / H` numbers of its own, so `H` heads cost as much as one
+# large one. What they found is joined again, and a last matrix mixes it.
+#
+# In code, no loop over the heads is needed. The last dimension is cut in `H` parts, and the heads
+# become part of the batch. Watch the shapes:
+
+# %%
+B, T, H, d_model = 2, 5, 4, 32
+x = torch.randn(B, T, d_model)
+step_1 = x.unflatten(-1, (H, d_model // H))
+step_2 = step_1.transpose(1, 2)
+back = step_2.transpose(1, 2).flatten(2)
+print("a vector a token      ", tuple(x.shape), "       (B, T, d_model)")
+print("cut in heads          ", tuple(step_1.shape), "     (B, T, H, d_head)")
+print("heads before positions", tuple(step_2.shape), "     (B, H, T, d_head)")
+print("and joined again      ", tuple(back.shape), "       (B, T, d_model)")
+assert torch.equal(back, x)
+
+# %% [markdown]
+# Now PyTorch's matrix product works on the last two dimensions, `T` and `d_head`, for each text and
+# each head by itself. The class below does just that. One matrix, `query_key_value`, makes queries,
+# keys and values of all heads in one product. For the rest, PyTorch has a function,
+# `scaled_dot_product_attention`: scores, division, mask, softmax and mean in one. It gives what
+# `attend` gave, faster, since it never writes down the whole `T` by `T` matrix. (`dropout` sets
+# some weights to zero at random, in training only, which keeps a model from learning a small text by
+# heart. In this chapter it is 0.)
+
+# %% tags=["from-module"]
+class CausalAttention(nn.Module):
+    """Multi-head attention in which position t sees the positions 0 ... t of its own
+    window."""
+
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x):
+        """x (B, T, d_model) -> (B, T, d_model)."""
+        qkv = self.query_key_value(x)  # (B, T, 3 * d_model)
+        qkv = qkv.unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, d_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, d_head) each
+        dropout = self.dropout if self.training else 0.0
+        heads = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=dropout
+        )  # (B, H, T, d_head)
+        return self.out(heads.transpose(1, 2).flatten(2))  # (B, T, d_model)
+
+# %% [markdown]
+# Check it against `attend`, head by head:
+
+# %%
+torch.manual_seed(SEED)
+attention = CausalAttention(d_model, n_heads=H, dropout=0.0)
+q, k, v = attention.query_key_value(x).chunk(3, dim=-1)  # (B, T, d_model) each
+found = torch.zeros(B, T, d_model)
+d = d_model // H  # attend divides by its root
+for text in range(B):
+    for head in range(H):
+        part = slice(head * d, (head + 1) * d)
+        _, found[text, :, part] = attend(*(y[text, :, part] for y in (q, k, v)))
+difference = (attention(x) - attention.out(found)).abs().max()
+print(f"largest difference: {difference:.1e}")
+assert difference < 1e-6
+
+# %% [markdown]
+# ## 0.4 A layer
+#
+# Attention moves information *between* tokens. To work with what it brought, each token also gets
+# a small network of its own, the same for all positions: the **feed-forward**, two matrices with a
+# ReLU between them,
+#
+# $$
+# \text{FF}(x) = W_2 \max(0, W_1 x + b_1) + b_2 .
+# $$
+#
+# Two more things make it possible to stack such layers. The first is the **residual connection**: a
+# block does not replace the state $x$ of a token, it *adds* to it, $x + \text{block}(x)$. An untrained
+# layer then hands on what it got, and the gradient has a way back past every block. The second is
+# the **layer norm**. Since every block adds, states grow. The norm gives each block inputs of the same
+# size: it subtracts the mean of the $d$ numbers of a state, divides by their standard deviation, and
+# then applies a learned factor and shift to each number. It stands *before* each block, inside the
+# branch (pre-norm, or pre-LN).
+
+# %% tags=["from-module"]
+class Layer(nn.Module):
+    """Attention, then a feed-forward network, each around a residual connection."""
+
+    def __init__(self, d_model, n_heads, d_ff, dropout):
+        super().__init__()
+        self.attention = CausalAttention(d_model, n_heads, dropout)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model)
+        )
+        self.norm_attention = nn.LayerNorm(d_model)
+        self.norm_feed_forward = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        """x (B, T, d_model) -> (B, T, d_model)."""
+        x = x + self.dropout(self.attention(self.norm_attention(x)))
+        return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
+
+# %% [markdown]
+# What do the two buy? Send 64 random tokens through 12 untrained layers. Without the residual, are they
+# still different tokens at the end? Without the norm, what do layers do to states that have grown large?
+
+# %%
+class WithoutResidual(Layer):
+    """The same layer, but each block replaces the state."""
+
+    def forward(self, x):
+        x = self.attention(self.norm_attention(x))
+        return self.feed_forward(self.norm_feed_forward(x))
+
+
+class WithoutNorm(Layer):
+    """The same layer, but the blocks get the states as they are."""
+
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.feed_forward(x)
+
+
+# %%
+@torch.no_grad()
+def through_twelve(kind):
+    """How alike the tokens come out; what is added to states of size 1 and 100."""
+    torch.manual_seed(SEED)
+    sizes = dict(d_model=32, n_heads=4, d_ff=128, dropout=0.0)
+    stack = nn.Sequential(*(kind(**sizes) for _ in range(12)))
+    x = torch.randn(1, 64, 32)  # (B, T, d_model)
+    direction = F.normalize(stack(x), dim=-1)
+    cosines = direction @ direction.mT  # (B, T, T)
+    others = ~torch.eye(64, dtype=torch.bool)
+    added = [(stack(size * x) - size * x).std().item() for size in (1, 100)]
+    return cosines[:, others].mean().item(), *added
+
+
+twelve = {kind.__name__: through_twelve(kind) for kind in (Layer, WithoutResidual)}
+twelve["WithoutNorm"] = through_twelve(WithoutNorm)
+figures.table(
+    "12 untrained layers",
+    ["", "cosine between tokens", "added to states of size 1", "of size 100"],
+    [[name, *(f"{x:.2f}" for x in row)] for name, row in twelve.items()],
+)
+assert twelve["Layer"][0] < 0.5 and twelve["WithoutResidual"][0] > 0.99
+assert twelve["Layer"][2] < 2 and twelve["WithoutNorm"][2] > 100
+
+# %% [markdown]
+# Without residuals each layer averages over the tokens and hands on nothing else. After twelve layers all
+# tokens are the same vector (a cosine of 1), and there is nothing left to learn from. Without norms a block
+# answers to large states with large changes, which make the states larger still. With both, a layer adds
+# about as much, whatever it gets.
+#
+# ## 0.5 Where a token stands
+#
+# Attention, as it is now, does not see order. Shuffle the earlier tokens, and the last one collects
+# the same mean:
+
+# %%
+x = torch.randn(1, 6, d_model)
+shuffled = x[:, [3, 0, 4, 1, 2, 5]]  # the last one stays where it is
+difference = (attention(x) - attention(shuffled))[:, -1].abs().max()
+print(f"the last token notices the shuffle: {bool(difference > 1e-6)}")
+assert difference < 1e-6
+
+# %% [markdown]
+# To this model *dog bites man* is *man bites dog*. So each position gets a vector too, which is added
+# to the one of the character. The original transformer takes sines and cosines of the position $p$,
+# at $d_{\text{model}} / 2$ speeds from fast to slow:
+#
+# $$
+# \sin\left(p \,/\, 10\,000^{\,2k / d_{\text{model}}}\right) , \quad
+# \cos\left(p \,/\, 10\,000^{\,2k / d_{\text{model}}}\right) , \qquad k = 0, 1, \ldots, d_{\text{model}} / 2 - 1 .
+# $$
+#
+# Think of clock hands: the fast ones tell neighbours apart, the slow ones tell the start of the window
+# from its end. Nothing is learned. (Lines that begin with `inputs.` only refuse what cannot work, and
+# say what would.)
+
+# %% tags=["from-module"]
+def sinusoid(positions, d_model):
+    """Fixed embeddings of integer positions, shape (len(positions), d_model). Vaswani
+    et al., section 3.5."""
+    inputs.check_even("d_model", d_model)
+    evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    angles = positions[:, None] / wavelengths  # in float32, whatever the model's dtype
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+# %%
+U = sinusoid(torch.arange(64), d_model=64)  # (64, d_model)
+alike = U @ U.T  # (64, 64): the dot product of each two positions
+for distance in (0, 1, 8):
+    products = alike.diagonal(distance)
+    print(f"{distance} apart: {products.min():.3f} to {products.max():.3f}")
+    assert products.max() - products.min() < 1e-3
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(6.8, 3.2))
+figures.matrix(
+    axes[0], U.T, xlabel="position (tokens)", ylabel="dimension",
+    title="sines above, cosines below",
+)  # fmt: skip
+image = figures.matrix(
+    axes[1], alike, xlabel="position (tokens)", ylabel="position (tokens)",
+    title="dot products",
+)  # fmt: skip
+figure.colorbar(image, ax=axes[1])
+figures.show(
+    figure,
+    "The vectors of positions are stripes, narrow at the top of each half and ever "
+    "wider below. Their dot products depend on the distance alone: the right matrix "
+    "is the same along each diagonal, and largest where a position meets itself.",
+)
+
+# %% [markdown]
+# The dot product of two of these vectors depends on their *distance* alone, and is largest for a
+# position with itself. Keep that in mind; chapter 1 builds on it.
+#
+# ### The whole model
+#
+# Characters and positions go in, `L` layers follow, and a last matrix, the **head**, makes one number
+# for each character of the vocabulary: the **logits**. Their softmax is the prediction. All models of
+# this book are called in the same way, `logits, memory = model(tokens, memory)`. This one has no memory.
+# It takes `None` and returns `None`.
+
+# %% tags=["from-module"]
+class VanillaTransformer(nn.Module):
+    """A language model with absolute positions and no memory.
+
+    tokens (B, T) int64, T <= max_len -> logits (B, T, vocab_size), None. It has no
+    memory: it takes and returns None, only to share the protocol of the other models.
+    """
+
+    def __init__(
+        self, vocab_size, d_model=128, n_heads=4, n_layers=4, d_ff=512,
+        max_len=64, dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        inputs.check_sizes(locals(), even=["d_model"])
+        self.max_len = max_len
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        stack = (Layer(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(stack)
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, vocab_size)
+
+    def forward(self, tokens, memory=None):
+        inputs.check_tokens(tokens, self.embedding.num_embeddings, self.max_len)
+        memory = inputs.checked_memory(memory, None)  # there is none
+        x = self.embedding(tokens)  # (B, T, d_model)
+        positions = torch.arange(x.size(1), device=x.device)
+        x = self.dropout(x + sinusoid(positions, x.size(-1)).to(x.dtype))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x)), memory
+
+# %%
+T = 64
+SIZES = dict(vocab_size=size, d_model=96, n_heads=4, n_layers=4, d_ff=384)
+torch.manual_seed(SEED)
+model = VanillaTransformer(**SIZES, max_len=T).to(device)
+logits, _ = model(corpus.train[None, :T].to(device))
+print("logits", tuple(logits.shape), "(B, T, vocab_size)")
+
+# %%
+def count(module):
+    """How many numbers a module learns."""
+    return sum(p.numel() for p in module.parameters())
+
+
+d, d_ff, L = SIZES["d_model"], SIZES["d_ff"], SIZES["n_layers"]
+attention, feed_forward = 4 * d * d, 2 * d * d_ff + d_ff + d
+layer = attention + feed_forward + 4 * d  # two norms of 2 d numbers
+total = size * d + L * layer + 2 * d + (d + 1) * size
+print(f"{count(model):,} parameters: {L} layers of {layer:,}, embedding, norm, head")
+assert count(model) == total
+
+# %% [markdown]
+# ## 0.6 Train it
+#
+# ### Lanes
+#
+# Training reads many pieces of text at once, `B` side by side. You could take pieces from anywhere.
+# This book cuts the text into `B` long **lanes** instead, and reads all lanes side by side, `T` tokens at
+# a time. Row 0 of the second batch *continues* row 0 of the first. The vanilla model makes nothing of
+# that. The others, whose memory goes from batch to batch, live on it.
+
+# %%
+alphabet = torch.arange(26)
+for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
+    rows = ["".join(chr(97 + t) for t in row) for row in tokens.tolist()]
+    print(f"batch {n}:  lane 0  {rows[0]:5} lane 1  {rows[1]}")
+
+# %% [markdown]
+# ### The loop
+#
+# At its heart are five lines: predict, measure the loss, send it back, take a step, and pass the memory on.
+#
+# ```python
+# memory = None
+# for tokens, targets in corpora.lanes(stream, batch_size, segment_len):
+#     logits, memory = model(tokens, memory)
+#     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+#     optimizer.zero_grad()
+#     loss.backward()
+#     optimizer.step()
+# ```
+#
+# The loop that trains every model of this book adds what makes such a training go well, and what the
+# other chapters need:
+#
+# - The **learning rate** `lr` rises for `warmup` steps, then falls along half a cosine (`warmup_cosine`): large
+# steps are dangerous while the weights are random, and small ones settle the model at the end.
+# - **AdamW** (`adamw`) scales the step of each weight by the size of its recent gradients, and shrinks
+# the matrices a little at each step.
+# - **Clipping**: a gradient longer than `clip` is shortened to that length, so that one odd batch does no
+# harm.
+# - `at_start` says which streams begin a new text, and so have to forget their memory (`read`).
+# - Targets of -100 do not count: the tasks of later chapters use them.
+# - `aux` are losses that a model adds of its own (chapter 2).
+# - `autocast` computes in 16 bits on a GPU.
+#
+# This is all of it, as it stands in `memtx_minimal/training.py`, but for its docstring. You may change it
+# here; this notebook trains with the version below.
+
+# %% tags=["as-in-training"]
+def train(
+    model, stream, *, steps, batch_size=32, segment_len=64, lr=3e-3, warmup=50,
+    weight_decay=0.01, clip=1.0, valid=None, valid_every=None, progress=True,
+):  # fmt: skip
+    sizes = {"batch_size": batch_size, "segment_len": segment_len}
+    whole = {"steps": steps, "warmup": warmup, "valid_every": valid_every}
+    inputs.check_sizes(sizes | whole)
+    inputs.check_positive("clip", clip)
+    device, memory = device_of(model), None
+    history = {"loss": [], "aux": [], "valid": []}
+    optimizer = adamw(model, lr, weight_decay)
+    bar = tqdm(range(steps), leave=False, disable=not progress, mininterval=0.5)
+    model.train()
+    try:
+        for step, batch in zip(bar, batches(stream, device, **sizes)):
+            tokens, targets, at_start = batch
+            for group in optimizer.param_groups:
+                group["lr"] = lr * warmup_cosine(step, steps, warmup)
+            with autocast(device):
+                logits, memory, *aux = read(model, tokens, memory, at_start)
+            loss = cross_entropy(logits, targets)
+            check_finite([loss, *aux], step, lr)
+            counts = bool((targets != -100).any())
+            if counts or aux:
+                optimizer.zero_grad()
+                sum(aux, loss).backward()
+                for parameters in clip_groups(model):
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                optimizer.step()
+
+            history["loss"].append(loss.item() if counts else math.nan)
+            history["aux"].append(tuple(value.item() for value in aux))
+            bar.set_postfix_str(f"loss {history['loss'][-1]:.3f}", refresh=False)
+            if valid_every and (step + 1) % valid_every == 0:
+                validate(model, valid, history, sizes)
+        if valid is not None:
+            validate(model, valid, history, sizes)
+        if len(history["loss"]) < steps:
+            print(f"the stream ended after {len(history['loss'])} of {steps} steps")
+    except KeyboardInterrupt:
+        print(f"stopped after {len(history['loss'])} of {steps} steps")
+    model.eval()
+    return history
+
+# %% [markdown]
+# Train for a minute or so, on 32 lanes.
+
+# %% tags=["band"]
+STEPS = 1000
+
+
+def by_position(model):
+    """Mean validation loss at each position of the window, (T,)."""
+    losses = training.token_losses(model, corpus.valid, segment_len=T)  # (B, lane)
+    whole = losses.size(1) // T * T
+    return losses[:, :whole].unflatten(1, (-1, T)).mean(dim=(0, 1))  # (T,)
+
+# %%
+history = train(model, corpus.train, steps=STEPS)
+after = training.evaluate(model, corpus.valid, segment_len=T)
+print(f"validation: {after:.3f} nats, {training.bits_per_character(after):.3f} bits")
+assert after < simple["what follows what"] - 0.4
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots()
+axes.plot(history["loss"], color=figures.BLUE)
+for name, loss in simple.items():
+    axes.axhline(loss, color="black", linestyle=":", linewidth=1)
+    axes.text(STEPS, loss + 0.03, name, ha="right", fontsize=9)
+axes.set(xlabel="training step", ylabel="loss (nats per character)", ylim=(1.4, 4.6))
+axes.set_title(f"Training ({corpus.name})")
+figures.show(
+    figure,
+    "The training loss starts at that of guessing, passes the model that knows how "
+    "often each character occurs within some steps, then the one that knows what "
+    "follows what, and goes on falling more and more slowly.",
+)
+
+# %%
+prompt = corpus.vocab.encode("KING ")
+text = training.generate(model, prompt, 300, temperature=0.8)
+print(corpus.vocab.decode(text))
+
+# %% [markdown]
+# It writes words, most of them English, and lines that look like a play. It does not know who
+# speaks, or what was said.
+#
+# ## 0.7 The key-value cache
+#
+# How does `generate` work? It reads the text so far, draws the next character from the prediction,
+# appends it, and reads it all again. The states of the earlier characters are computed anew each time,
+# and come out the same each time, since the mask lets them see nothing new. That is a waste. What
+# does the new character need of the earlier ones? Their keys and values, in each layer, and nothing
+# else. So keep these.
+
+# %%
+@torch.inference_mode()
+def one_more(model, token, cache):
+    """Logits (B, vocab_size) after one more token (B, 1).
+
+    cache: for each layer its keys and values so far, (B, H, n, d_head) each. They
+    grow by one.
+    """
+    n = cache[0][0].size(2)  # tokens read so far
+    x = model.embedding(token)  # (B, 1, d_model)
+    x = x + sinusoid(torch.tensor([n], device=x.device), x.size(-1))
+    for i, layer in enumerate(model.layers):
+        attention, y = layer.attention, layer.norm_attention(x)
+        qkv = attention.query_key_value(y).unflatten(-1, (3, attention.n_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, 1, d_head) each
+        k, v = (torch.cat(pair, dim=2) for pair in zip(cache[i], (k, v)))
+        cache[i] = k, v  # (B, H, n + 1, d_head)
+        heads = F.scaled_dot_product_attention(q, k, v)  # (B, H, 1, d_head)
+        x = x + attention.out(heads.transpose(1, 2).flatten(2))
+        x = x + layer.feed_forward(layer.norm_feed_forward(x))
+    return model.head(model.norm(x))[:, -1]
+
+
+def empty_cache(model, B=1):
+    """Keys and values of no tokens, for each layer."""
+    d_model, n_heads = model.embedding.embedding_dim, model.layers[0].attention.n_heads
+    nothing = torch.zeros(B, n_heads, 0, d_model // n_heads, device=device_of(model))
+    return [(nothing, nothing) for _ in model.layers]
+
+# %% [markdown]
+# No mask is needed: there is one query, and all keys lie before it. Feed the trained model a window
+# character by character, and compare with reading it at once:
+
+# %%
+window = corpus.valid[None, :T].to(device)  # (1, T)
+cache = empty_cache(model)
+steps = [one_more(model, token, cache) for token in window.split(1, dim=1)]
+with torch.inference_mode():
+    whole, _ = model(window)  # (1, T, vocab_size)
+difference = (torch.stack(steps, dim=1) - whole).abs().max()
+print(f"largest difference: {difference:.1e}")
+assert difference < 1e-3
+
+# %% [markdown]
+# The same logits, up to rounding. And what does it cost? In each layer a key and a value, `d_model`
+# numbers each, for every token: `2 * L * T * d_model` numbers a text, of 4 bytes here.
+
+# %%
+held = measure.nbytes(cache)
+print(f"cache of {T} tokens: {held / 2**10:.0f} KiB, weights: ", end="")
+print(f"{measure.nbytes(model.parameters()) / 2**10:,.0f} KiB")
+assert held == 2 * L * T * d * 4
+
+# %% [markdown]
+# For this small model that is little. In a large one, with long texts and many users, the cache is
+# often larger than the weights (exercise 2). How much time does it save? Take a model with a longer window
+# (untrained: weights do not change the time), and measure the time for *one more* character after `n`.
+
+# %%
+lengths = [16, 64, 256, 1024]
+torch.manual_seed(SEED)
+long = VanillaTransformer(**SIZES, max_len=max(lengths) + 1).to(device).eval()
+token = corpus.valid[None, :1].to(device)
+
+
+@torch.inference_mode()
+def time_of_one(n, cached):
+    """Seconds for one more character after n."""
+    if not cached:
+        text = corpus.valid[None, :n].to(device)
+        return measure.seconds(lambda: long(text), rounds=9, device=device)
+    shape = 1, SIZES["n_heads"], n, d // SIZES["n_heads"]
+    full = [(torch.randn(shape, device=device),) * 2 for _ in range(L)]
+    step = lambda: one_more(long, token, list(full))
+    return measure.seconds(step, rounds=9, device=device)
+
+
+times = {
+    "read it all again": [time_of_one(n, cached=False) for n in lengths],
+    "with the cache": [time_of_one(n, cached=True) for n in lengths],
+}
+assert times["read it all again"][-1] > 3 * times["with the cache"][-1]
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots()
+for (name, seconds), marker in zip(times.items(), "o^"):
+    axes.plot(lengths, [1000 * s for s in seconds], marker=marker, label=name)
+axes.set(xscale="log", yscale="log", xlabel="characters read so far (tokens)")
+axes.set(ylabel="ms for one more", title="One more character")
+axes.set_xticks(lengths, labels=lengths)
+axes.minorticks_off()
+axes.legend()
+figures.show(
+    figure,
+    "Reading everything again takes longer the more there is to read. With the cache "
+    "the time for one more character stays nearly the same.",
+)
+
+# %% [markdown]
+# ## 0.8 What does it not remember?
+#
+# And when the window is full? The cache cannot help. Its keys carry the positions at which they were
+# computed. Drop the oldest, and all others would stand one place too far back (exercise 4). The model
+# can only start again, with a new window or with the last `T` characters moved to the front.
+#
+# So look at what a window costs. Here is the validation loss at each position, one window after the
+# other, as in training. One training proves little, since another seed starts from other weights.
+# So this one was run for five seeds beforehand, by the function `five_seeds_gave`. Their curves are
+# drawn in grey: a *band*. Your run should lie in it, give or take a margin, since other machines round
+# differently and training makes much of that. All close comparisons of this book rest on such bands.
+
+# %% tags=["band"]
+def positions_of_seed(seed):
+    """Validation loss at each position, for a model trained from this seed."""
+    torch.manual_seed(seed)
+    model = VanillaTransformer(**SIZES, max_len=T).to(device)
+    train(model, corpus.train, steps=STEPS, progress=False)
+    return {"vanilla": by_position(model).tolist()}
+
+# %%
+live = {"vanilla": by_position(model).tolist()}
+band = bands.load("00_positions_of_seed", corpus.name)
+band.check(live, margin=0.15)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots()
+figures.band(axes, range(T), band.values["vanilla"])
+axes.plot(range(T), live["vanilla"], marker="o", markersize=3, label="this run")
+axes.set(xlabel="position in the window (tokens)", ylabel="loss (nats per character)")
+axes.set_title(f"Each window starts blind ({corpus.name})")
+axes.legend()
+figures.show(
+    figure,
+    "The first character of each window is guessed about as well as by the frequency "
+    "of characters alone. Within some ten positions the loss falls by half, and it "
+    "hardly moves in the second half of the window.",
+)
+
+# %%
+first, half = live["vanilla"][0], T // 2
+middle = sum(live["vanilla"][half // 2 : half]) / (half - half // 2)
+late = sum(live["vanilla"][half:]) / (T - half)
+print(f"first {first:.2f}, positions {half // 2} to {half - 1} {middle:.2f}, ", end="")
+print(f"from {half} on {late:.2f} nats")
+assert first > late + 1 and late < middle
+
+# %% [markdown]
+# The first character of a window has no past, and is guessed as by someone who knows only how often
+# each occurs. Ten characters later the model knows the word that it is in. And the past *is* there, in the
+# text; the model just cannot see it. Does it matter what that past was? For this model it cannot:
+
+# %%
+with torch.inference_mode():
+    pasts = [model(text[None, :T].to(device))[0] for text in (corpus.train, corpus.valid)]
+    after_each = [model(window)[0] for _ in pasts]  # nothing was handed on
+print("the same after any past:", torch.equal(*after_each))
+assert torch.equal(*after_each)
+
+# %% [markdown]
+# ### Four answers
+#
+# A longer window is the plain remedy, and it is dear: attention compares every token with all before it, and
+# the cache grows with every token. The four papers of this book each give another answer.
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
+
+# %% [markdown]
+# - **Transformer-XL** (chapter 1) keeps the states of the previous segment and attends to them. Positions
+# become distances, so that old states stay valid.
+# - The **Compressive Transformer** (chapter 2) does not throw away what leaves that memory. It presses several
+# old states into one, and keeps those.
+# - The **Feedback Transformer** (chapter 3) asks *which* states to remember. It mixes all layers of a
+# step into one vector, and every layer reads it: what was worked out on top is known below, one step later.
+# - **Reformer** (chapter 4) leaves the memory and makes the window long. Each token looks only at the few
+# others that hashing finds to be alike.
+#
+# ### The letters of this book
+#
+# | letter | meaning | letter | meaning |
+# | --- | --- | --- | --- |
+# | `B` | batch: texts side by side | `d_model` | width of a hidden state |
+# | `T` | tokens in the segment | `d_head` | width of a head, `d_model / H` |
+# | `H` | attention heads | `d_ff` | width inside the feed-forward |
+# | `L` | layers | `N` | tokens in a whole text |
+# | `M` | states in memory (chapters 1 to 3) | `mem_len` | the most states that memory holds |
+# | `K` | keys: memory, then segment | `R` | encodings of distances (chapter 1) |
+# | `C` | states in compressed memory (chapter 2) | `c` | compression rate (chapter 2) |
+# | `O` | old states that leave the memory (chapter 2) | `b` | buckets of one hash (chapter 4) |
+# | `G` | chunks (chapter 4) | `w` | tokens in a chunk (chapter 4) |
+# | `P` | hash rounds (chapter 4) | `S` | steps of a block (appendix A) |
+# | `A` | slots that a step sees (appendix A) | | |
+#
+# ## 0.9 What became of it
+#
+# The model of this chapter differs from a large language model of today in size, and in few
+# other things. Rotary embeddings have taken the place of added sinusoids; RMSNorm, a norm without mean
+# and shift, that of the layer norm; gated feed-forwards that of the ReLU. Several heads often share keys and
+# values, to make the cache smaller. Causal attention, residuals, pre-norm and the cache have stayed.
+#
+# ## 0.10 Exercises
+#
+# Each has a check that says `right`, or what it expected and what came. The solutions are below.
+#
+# **1.** *(10 minutes)* Write `my_attention(q, k, v)`, `(T, d)` each, for one query at a time and without a
+# mask: query `t` gets only the keys that it may see. Check it with `exercises.check_attention`.
+#
+# **2.** *(10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its cache in numbers
+# of 2 bytes. Write `my_cache(T, B, n_kv_heads)`, the bytes of the cache of `B` texts of `T` tokens, if
+# only `n_kv_heads` of the 32 heads have keys and values of their own, which the others share. How
+# many texts of 100,000 tokens fit into 80 GB with 32 of them, how many with 8? Check it with
+# `exercises.check_cache`.
+#
+# **3.** *(20 minutes)* The vector of position $p + k$ is that of position $p$, turned: $U_{p+k} = U_p \, A_k$
+# with the same matrix $A_k$ for all $p$. Write `my_turn(k, d_model)`, the matrix $A_k$
+# `(d_model, d_model)`. (The sines and cosines of a sum; each speed has an angle of its own.) Check it with
+# `exercises.check_turn`.
+#
+# **4.** *(15 minutes)* Show that the cache cannot slide. Fill a cache with the 64 characters of a window,
+# drop the oldest key and value in each layer, and feed one more character. Write `my_slide(tokens)`,
+# tokens `(1, 65)`, that returns the logits so obtained, and compare them with those of the model on
+# the last 64 characters. Why do they differ, apart from the positions? Check it with
+# `exercises.check_slide`.
+#
+# **5.** *(15 minutes)* Whose fault is the blind start? Write `my_sliding(model, stream, n)`, the mean
+# loss of the first `n` characters that have 63 before them, each predicted as the *last* of its own
+# window. Compare with `after`. What does it cost? Check it with `exercises.check_sliding`.
+
+# %% [markdown]
+# <details><summary>Solution 1</summary>
+#
+# ```python
+# def my_attention(q, k, v):
+#     rows = []
+#     for t in range(len(q)):
+#         scores = k[: t + 1] @ q[t] / q.size(1) ** 0.5  # (t + 1,)
+#         rows.append(scores.softmax(dim=0) @ v[: t + 1])
+#     return torch.stack(rows)
+# ```
+#
+# </details>
+#
+# <details><summary>Solution 2</summary>
+#
+# ```python
+# def my_cache(T, B, n_kv_heads):
+#     return 2 * 32 * B * T * n_kv_heads * (4096 // 32) * 2
+# ```
+#
+# With 32 heads a text of 100,000 tokens takes 52 GB, so one fits; with 8 it takes 13 GB, and six fit.
+#
+# </details>
+#
+# <details><summary>Solution 3</summary>
+#
+# With $\sin(a + b) = \sin a \cos b + \cos a \sin b$ and $\cos(a + b) = \cos a \cos b - \sin a \sin b$:
+#
+# ```python
+# def my_turn(k, d_model):
+#     half = d_model // 2
+#     angle = k / 10_000 ** (torch.arange(half) / half)
+#     sin, cos = angle.sin().diag(), angle.cos().diag()
+#     return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
+# ```
+#
+# Rotary embeddings turn queries and keys by just such matrices.
+#
+# </details>
+#
+# <details><summary>Solution 4</summary>
+#
+# ```python
+# def my_slide(tokens):
+#     cache = empty_cache(model)
+#     for token in tokens[:, :64].split(1, dim=1):
+#         one_more(model, token, cache)
+#     cache[:] = [(k[:, :, 1:], v[:, :, 1:]) for k, v in cache]
+#     return one_more(model, tokens[:, 64:], cache)
+# ```
+#
+# `one_more` takes the number of cached tokens, 63, for the new position, but the last cached key stands
+# at 63 already: two tokens claim one place. And from the second layer on, the kept keys were computed
+# from states that had *seen* the character that was dropped. The first fault needs other positions (chapter
+# 1). The second is none: it is how a memory of states reaches further than its length.
+#
+# </details>
+#
+# <details><summary>Solution 5</summary>
+#
+# ```python
+# @torch.inference_mode()
+# def my_sliding(model, stream, n):
+#     windows = stream[: n + 63].unfold(0, 64, 1).to(device)  # (n, 64), one step apart
+#     logits = model(windows)[0][:, -1]  # (n, vocab_size)
+#     return F.cross_entropy(logits, stream[64 : n + 64].to(device)).item()
+# ```
+#
+# The loss is lower, for every character has a full past. But the model reads 64 characters to predict
+# one: it is 64 times as slow.
+#
+# </details>
+#
+# ## References
+#
+# - A. Vaswani et al.: [Attention Is All You Need](https://arxiv.org/abs/1706.03762). NeurIPS 2017.
+# - R. Xiong et al.: [On Layer Normalization in the Transformer
+# Architecture](https://arxiv.org/abs/2002.04745). ICML 2020.
+# - R. Al-Rfou, D. Choe, N. Constant, M. Guo, L. Jones: [Character-Level Language Modeling with
+# Deeper Self-Attention](https://arxiv.org/abs/1808.04444). AAAI 2019.
+# - N. Shazeer: [Fast Transformer Decoding: One Write-Head is All You
+# Need](https://arxiv.org/abs/1911.02150). 2019.
+
+# %%
+minutes = (time.perf_counter() - started) / 60
+peak = measure.process_peak_bytes() / 2**30
+print(f"this run: {minutes:.1f} minutes, peak memory {peak:.2f} GiB, text: {corpus.name}")
