@@ -505,9 +505,8 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     """A slice of steps backwards, then the products of what they had with their errors.
 
     left holds the errors at the scores, and the attention weights; right the queries,
-    and the errors at the heads. Both have a row for each step and layer. left has a
-    column for each slot, from mem_len slots before the block on. left.mT @ right:
-    errors at keys and values.
+    and the errors at the heads; both a row for each step and layer, left a column for
+    each slot from mem_len before the block on. left.mT @ right: errors at keys, values.
     """
     (_, B, H, K, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
     S, first, BH = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
