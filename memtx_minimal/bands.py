@@ -6,7 +6,7 @@
 
 Whoever has the repository records a band anew with `make record NAME=01_ablation`.
 
-Letters of the shapes: S seeds, and in place of the dots the shape of a label's value.
+Letters of the shapes: n seeds, and in place of the dots the shape of a label's value.
 """
 
 import json
@@ -50,7 +50,7 @@ def load(name, text):
 
 @dataclass(frozen=True, eq=False)
 class Band:
-    """The values of each seed: {label: (S, ...)}. With no seeds there is nothing to
+    """The values of each seed: {label: (n, ...)}. With no seeds there is nothing to
     draw, and every check passes."""
 
     name: str

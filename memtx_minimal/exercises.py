@@ -149,11 +149,11 @@ def check_patience(shares):
     print(f"right: {share:.2f}, where 160 steps give less than 0.3")
 
 
-def in_blocks(model, x, kv, C):
+def in_blocks(model, x, kv, S):
     """What `loop` returns, token by token, each with the memory of before its block."""
     outputs, vectors = [], []
-    for x_c in x.split(C, dim=1):
-        steps = [step(model, x_t, kv) for x_t in x_c.unbind(dim=1)]
+    for part in x.split(S, dim=1):
+        steps = [step(model, x_t, kv) for x_t in part.unbind(dim=1)]
         output, vector = (torch.stack(y, dim=1) for y in zip(*steps))
         kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
         kv = kv[:, -model.mem_len :]
@@ -168,10 +168,10 @@ def check_blocks(blocks, model):
     d_model = model.embedding.embedding_dim
     x, vectors = (torch.randn(2, n, d_model).double() for n in (10, 3))
     kv = model.memory.keys_values(vectors)
-    for C in (1, 4):
-        pairs = zip(blocks(model, x, kv, C), in_blocks(model, x, kv, C))
+    for S in (1, 4):
+        pairs = zip(blocks(model, x, kv, S), in_blocks(model, x, kv, S))
         for name, (mine, right) in zip(("outputs", "vectors", "kv"), pairs):
-            where = f"C = {C}: {name}"
+            where = f"S = {S}: {name}"
             if mine.shape != right.shape:
                 shapes = f"{tuple(mine.shape)}, not {tuple(right.shape)}"
                 raise AssertionError(f"{where} {shapes}")
@@ -189,18 +189,18 @@ def check_blocks(blocks, model):
 def check_sets(my_sets):
     """Chapter 4, exercise 1."""
     for seed in range(20):
-        T, c = 5 + seed, 1 + seed % 6
+        T, w = 5 + seed, 1 + seed % 6
         h = torch.randint(4, (T,), generator=torch.Generator().manual_seed(seed))
-        chunk = h.argsort(stable=True).argsort() // c
+        chunk = h.argsort(stable=True).argsort() // w
         queries, keys = (h[:, None], chunk[:, None]), (h, chunk)
         found = in_set(*queries, *keys).tril()  # (T, T)
-        mine = my_sets(h.tolist(), c)
+        mine = my_sets(h.tolist(), w)
         if len(mine) != T:
             raise AssertionError(f"{len(mine)} sets for {T} tokens")
         for i, row in enumerate(found):
             right = row.nonzero().flatten().tolist()
             if list(mine[i]) != right:
-                given = f"buckets {h.tolist()}, c = {c}"
+                given = f"buckets {h.tolist()}, w = {w}"
                 raise AssertionError(f"{given}: the set of {i} is {right}: {mine[i]}")
     print("right")
 

@@ -5,9 +5,9 @@ the loop backwards holds only what must wait for later steps: the errors (gradie
 the loss) at the states. What weights, keys and values need is formed from the errors of
 a whole block of steps, in a few large matrix products. `speed_up(model)` installs it.
 
-Letters as in feedback_transformer.py; also N = B * H, each head of each text, K = M + T
-slots for keys and values, memory and segment, A the slots that a step sees, at most
-mem_len, and C, the steps of a block. A layer is its ten weights: gain_q and shift_q of
+Letters as in feedback_transformer.py; also BH = B * H, each head of each text, K = M +
+T slots for keys and values, memory and segment, A the slots that a step sees, at most
+mem_len, and S, the steps of a block. A layer is its ten weights: gain_q and shift_q of
 a norm, W_q and W_o of attention; gain_1 and shift_1 of a norm, W_1, b_1, W_2 and b_2
 of the feed-forward.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every_module
 
 from memtx_minimal import inputs
 from memtx_minimal.feedback_transformer import FeedbackTransformer, Layer, Memory, embed
@@ -64,10 +64,10 @@ class Kept(NamedTuple):
     hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
     kv: torch.Tensor  # (2, B, H, K, d_head): keys and values
-    attention: list  # T tensors (L, N, 1, A): the weights
+    attention: list  # T tensors (L, BH, 1, A): the weights
 
     def seen(self, t, positions):
-        """What step t attends to: keys with ages, and values, (N, A, d_head) each."""
+        """What step t attends to: keys with ages, and values, (BH, A, d_head) each."""
         end = self.kv.size(3) - len(self.vectors) + t  # M + t slots are there
         A = min(end, len(positions))
         keys, values = self.kv.flatten(1, 2)[:, :, end - A : end].unbind()
@@ -112,7 +112,7 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
                 if n > 0:
                     normed = normalise(x_t, gain_q, shift_q)[0]
                     q.addmm_(normed, W_q, beta=0, alpha=scale)
-                scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (N, 1, A)
+                scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (BH, 1, A)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
@@ -126,17 +126,17 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
 
 
 class Errors(NamedTuple):
-    """The errors of C steps, named as in Kept; at queries before they are scaled, and
+    """The errors of S steps, named as in Kept; at queries before they are scaled, and
     inside the feed-forward before the ReLU."""
 
-    states: torch.Tensor  # (L + 1, C, B, d_model)
-    middles: torch.Tensor  # (L, C, B, d_model)
-    queries: torch.Tensor  # (L, C, B, d_model)
-    hidden: torch.Tensor  # (L, C, B, d_ff)
+    states: torch.Tensor  # (L + 1, S, B, d_model)
+    middles: torch.Tensor  # (L, S, B, d_model)
+    queries: torch.Tensor  # (L, S, B, d_model)
+    hidden: torch.Tensor  # (L, S, B, d_ff)
 
 
 def by_step(tensor):
-    """(L, C, ...) -> for each step a tuple of its L parts."""
+    """(L, S, ...) -> for each step a tuple of its L parts."""
     return zip(*(layer.unbind() for layer in tensor.unbind()))
 
 
@@ -146,7 +146,7 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     g_vector (B, d_model) at the memory vector, of which the share alpha[n] is the input
     of layer n; rows with what each layer had inside, and with the places of its errors,
     the one at its output filled in. Returns lists over the layers: errors at scores
-    (N, 1, A), at heads (N, 1, d_head).
+    (BH, 1, A), at heads (BH, 1, d_head).
     """
     g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
     for n in reversed(range(len(layers))):
@@ -157,8 +157,8 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
         stats = middle_mean, middle_rstd
         g_normed = normalise_back(g_hidden @ W_1, middle, *stats, gain_1)
         torch.add(g_normed, g, out=g_middle)
-        g_head = (g_middle @ W_o).view(len(keys), 1, -1)  # (N, 1, d_head)
-        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, A)
+        g_head = (g_middle @ W_o).view(len(keys), 1, -1)  # (BH, 1, d_head)
+        g_weights = torch.bmm(g_head, values.mT)  # (BH, 1, A)
         g_score = torch._softmax_backward_data(g_weights, attention[n], -1, g.dtype)
         g_q.view(g_head.shape).baddbmm_(g_score, keys, beta=0, alpha=scale)
         g_scores.append(g_score)
@@ -175,7 +175,7 @@ class Sums(NamedTuple):
     x: torch.Tensor  # (T, B, d_model)
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
-    slots: torch.Tensor  # (2 * N, K, d_head): by slot; of later blocks' steps alone
+    slots: torch.Tensor  # (2 * BH, K, d_head): by slot, so far from later blocks
     positions: torch.Tensor  # (mem_len, d_head)
     layers: list  # seven, of all layers together: see add_weights
 
@@ -197,12 +197,12 @@ def empty_sums(kept, positions, layers):
 def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sums):
     """A slice of steps backwards, then the products of what they had with their errors.
 
-    left holds the errors at the scores, and the attention weights: a row for each step
-    and layer, a column for each slot, from mem_len slots before the block on; right the
-    queries, and the errors at the heads. left.mT @ right: errors at keys and values.
+    left holds the errors at the scores, and the attention weights; right the queries,
+    and the errors at the heads; both a row for each step and layer, left a column for
+    each slot from mem_len before the block on. left.mT @ right: errors at keys, values.
     """
     (_, B, H, K, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
-    C, first, N = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
+    S, first, BH = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
     states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
     x_hat, *x_stats = normalise(states[:-1])
     middle_hat, *middle_stats = normalise(middles)
@@ -212,13 +212,13 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
     rows = list(zip(*map(by_step, inside + places)))
 
-    left = positions.new_zeros(2, N, C * L, mem_len + C)
-    right = positions.new_empty(2, N, C * L, d_head)
-    right[0] = queries.reshape(L, C, N, d_head).permute(2, 1, 0, 3).flatten(1, 2)
-    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head)
+    left = positions.new_zeros(2, BH, S * L, mem_len + S)
+    right = positions.new_empty(2, BH, S * L, d_head)
+    right[0] = queries.reshape(L, S, BH, d_head).permute(2, 1, 0, 3).flatten(1, 2)
+    near = sums.slots[:, first : first + S].clone()  # (2 * BH, S, d_head)
     vector_stats = normalise(kept.vectors[steps])[1:]
     *shares, share_of_output = alpha.tolist()
-    for r in reversed(range(C)):
+    for r in reversed(range(S)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t] = near[:, r].reshape(2, B, -1).transpose(0, 1).flatten(1)
         stats = (stat[r] for stat in vector_stats)
@@ -237,19 +237,19 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     (gain_q, _, W_q, *_), stats = layers[0], (stat[0] for stat in x_stats)
     g_normed = normalise_back(g_queries[0] @ W_q, states[0], *stats, gain_q)
     sums.x[steps] = g_normed + g_middles[0] + shares[0] * sums.vectors[steps]
-    add_slots(first, left, right, C, sums)
+    add_slots(first, left, right, S, sums)
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
 
-def add_slots(first, left, right, C, sums):
+def add_slots(first, left, right, S, sums):
     """A block's share in the errors at keys and values before it, and at positions."""
-    (N, rows, width), mem_len = left.shape[1:], len(sums.positions)
+    (BH, rows, width), mem_len = left.shape[1:], len(sums.positions)
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
-    sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
-    L = rows // C  # a step is L rows, and the ages of the next begin a column later
+    sums.slots[:, first - old : first] += far  # (2 * BH, old, d_head)
+    L = rows // S  # a step is L rows, and the ages of the next begin a column later
     strides = rows * width, L * width + 1, width, 1
-    by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
+    by_age = left[0].as_strided((BH, S, L, mem_len), strides).reshape(-1, mem_len)
     sums.positions.addmm_(by_age.T, right[0].flatten(0, 1))
 
 
@@ -257,7 +257,7 @@ def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
     """A block's share in the sums of errors, and of products with them."""
     W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
     errors = errors._replace(states=errors.states[1:])
-    g, g_middle, g_q, g_hidden = (e.flatten(1, 2) for e in errors)  # (L, C * B, ...)
+    g, g_middle, g_q, g_hidden = (e.flatten(1, 2) for e in errors)  # (L, S * B, ...)
     W_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
     W_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
     W_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
@@ -277,9 +277,9 @@ def behind_norm(G, g, gain, shift, W):
 
 def layer_errors(layer, sums):
     """The errors at a layer's ten weights, from its share of Sums.layers."""
-    W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
-    at_query = behind_norm(W_q, sum_q, *layer[:3])
-    at_hidden = behind_norm(W_1, sum_hidden, *layer[4:7])
+    G_q, sum_q, W_o, G_1, sum_hidden, W_2, sum_output = sums
+    at_query = behind_norm(G_q, sum_q, *layer[:3])
+    at_hidden = behind_norm(G_1, sum_hidden, *layer[4:7])
     return *at_query, W_o, *at_hidden, sum_hidden, W_2, sum_output
 
 
@@ -397,7 +397,8 @@ def check_plain(model):
     reason = difference(model)
     if not model.shared_kv:
         reason = "shared_kv=False: each layer has keys and values of its own"
-    if _has_any_global_hook():
+    kinds = "forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks"
+    if any(getattr(every_module, f"_global_{kind}") for kind in kinds):
         reason = "there are hooks on all modules"
     if torch.compiler.is_compiling():
         reason = "torch.compile knows the plain one alone"

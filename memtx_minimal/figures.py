@@ -65,7 +65,7 @@ def _legend(axes):
 
 
 def band(axes, x, values, label="{} recorded seeds"):
-    """A curve of several seeds in grey: values (S, len(x)), and what they span.
+    """A curve of several seeds in grey: values (n, len(x)), and what they span.
 
     Draw the live run's curve over it. If there are no seeds, nothing is drawn."""
     values = np.asarray(values)
@@ -83,7 +83,7 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
     """One value a label, on a line of its own, with its number: values is {label:
     value}.
 
-    seeds is {label: (S,)}, the values of recorded seeds: grey strokes, and what they
+    seeds is {label: (n,)}, the values of recorded seeds: grey strokes, and what they
     span. The axis need not begin at zero."""
     for row, (label, value) in enumerate(values.items()):
         some = np.asarray((seeds or {}).get(label, ()))

@@ -1,7 +1,8 @@
 """Reformer: attention among the likely keys alone, in layers that keep no activations.
 
 Kitaev, Kaiser, Levskaya, ICLR 2020 (arXiv 2001.04451). Letters in the shape comments:
-B batch, T tokens, H heads, d_model = H * d_head, R rounds, c tokens in one of C chunks.
+B batch, T tokens, H heads, d_model = H * d_head, P hash rounds, w tokens in one of G
+chunks.
 """
 
 import math
@@ -18,7 +19,7 @@ SELF = -1e5  # added to the score of a token with itself: the last resort
 
 
 def hash_vectors(x, n_buckets, n_rounds, seed):
-    """h(x) = argmax [xR ; -xR] for each round and head: (B, H, T, d) -> (R, B, H, T).
+    """h(x) = argmax [xD ; -xD] for each round and head: (B, H, T, d) -> (P, B, H, T).
 
     Above 32, two small hashes, h1 + b1 * h2, make nearly as many buckets for less work.
     """
@@ -26,13 +27,13 @@ def hash_vectors(x, n_buckets, n_rounds, seed):
     b1 = n_buckets if n_buckets <= 32 else 2 * round(math.sqrt(n_buckets) / 2)
     generator, buckets, total = torch.Generator().manual_seed(seed), 0, 1
     for b in [b1] if b1 == n_buckets else [b1, 2 * round(n_buckets / b1 / 2)]:
-        # Direction by direction: where b is smaller, R has the first of the same ones.
-        R = torch.randn(b // 2, n_rounds, 1, x.size(1), x.size(3), generator=generator)
-        xR = x @ R.movedim(0, -1).to(x)  # (R, B, H, T, b / 2)
-        buckets = buckets + total * torch.cat([xR, -xR], dim=-1).argmax(dim=-1)
+        # Direction by direction: where b is smaller, D has the first of the same ones.
+        D = torch.randn(b // 2, n_rounds, 1, x.size(1), x.size(3), generator=generator)
+        xD = x @ D.movedim(0, -1).to(x)  # (P, B, H, T, b / 2)
+        buckets = buckets + total * torch.cat([xD, -xD], dim=-1).argmax(dim=-1)
         total *= b
     small = torch.int16 if total <= 2**15 else torch.int32
-    return buckets.to(torch.uint8 if total <= 2**8 else small)  # (R, B, H, T)
+    return buckets.to(torch.uint8 if total <= 2**8 else small)  # (P, B, H, T)
 
 
 def in_set(bucket, chunk, key_bucket, key_chunk, same_bucket=True):
@@ -61,9 +62,9 @@ def attention_weights(q, k, buckets, settings):
     scores = q @ k.mT + max(SELF, least) * torch.eye(T).to(q)
     scores = scores + q.new_full((T, T), -math.inf).triu(1)
     if buckets is not None:
-        place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)  # (R, B, H, T)
+        place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)  # (P, B, H, T)
         queries = buckets[..., None], (place // settings.chunk_len)[..., None]
-        keys = [x.mT for x in queries]  # (R, B, H, T, 1) -> (R, B, H, 1, T)
+        keys = [x.mT for x in queries]  # (P, B, H, T, 1) -> (P, B, H, 1, T)
         N_ij = in_set(*queries, *keys, settings.same_bucket).sum(dim=0)  # (B, H, T, T)
         scores = scores.masked_fill(N_ij == 0, -math.inf)
         scores = scores if settings.count_once else scores + N_ij.to(scores).log()
@@ -78,19 +79,19 @@ def rearrange(x, order):
 
 
 def look_back(x, nothing=0):
-    """Each chunk after the one before it: (B, H, C, c, ...) -> (B, H, C, 2c, ...)."""
+    """Each chunk after the one before it: (B, H, G, w, ...) -> (B, H, G, 2w, ...)."""
     before_first = torch.full_like(x[:, :, :1], nothing)
     return torch.cat([torch.cat([before_first, x[:, :, :-1]], dim=2), x], dim=3)
 
 
 def round_mask(r, q, buckets, order, chunk, settings):
-    """What eq. 16 adds to the scores of round r: (B, H, C, c, 2c), in sorted order."""
+    """What eq. 16 adds to the scores of round r: (B, H, G, w, 2w), in sorted order."""
     cut = lambda x: x.unflatten(2, (-1, settings.chunk_len))[..., None]
 
     def found(other):
         queries = [cut(rearrange(x[other], order[r])) for x in (buckets, chunk)]
-        keys = [look_back(x).mT for x in queries]  # (B, H, C, c, 1) -> (B, H, C, 1, 2c)
-        return in_set(*queries, *keys, settings.same_bucket)  # (B, H, C, c, 2c)
+        keys = [look_back(x).mT for x in queries]  # (B, H, G, w, 1) -> (B, H, G, 1, 2w)
+        return in_set(*queries, *keys, settings.same_bucket)  # (B, H, G, w, 2w)
 
     others = [n for n in range(len(buckets)) if n != r and settings.count_once]
     mine = found(r)
@@ -106,27 +107,27 @@ def round_mask(r, q, buckets, order, chunk, settings):
 def one_round(q, k, v, mask, order, place):
     """Attention in one round: o (B, H, T, d_head) and z (B, H, T, 1). Eq. 13, 14."""
     cut = lambda x: rearrange(x, order).unflatten(2, (-1, mask.size(3)))
-    scores = cut(q) @ look_back(cut(k)).mT + mask  # (B, H, C, c, 2c)
-    o = scores.softmax(dim=-1) @ look_back(cut(v))  # (B, H, C, c, d_head)
-    z = scores.logsumexp(dim=-1, keepdim=True)  # (B, H, C, c, 1)
+    scores = cut(q) @ look_back(cut(k)).mT + mask  # (B, H, G, w, 2w)
+    o = scores.softmax(dim=-1) @ look_back(cut(v))  # (B, H, G, w, d_head)
+    z = scores.logsumexp(dim=-1, keepdim=True)  # (B, H, G, w, 1)
     return rearrange(o.flatten(2, 3), place), rearrange(z.flatten(2, 3), place)
 
 
 def lsh_attention(q, k, v, buckets, settings):
-    """Attention within buckets (R, B, H, T): q, k, v (B, H, T, d_head) -> as v.
+    """Attention within buckets (P, B, H, T): q, k, v (B, H, T, d_head) -> as v.
 
     Any T: the end is filled up to whole chunks, in a bucket that comes last.
     """
     inputs.check_attention(q, k, v, buckets)
-    T, c, rounds = q.size(2), settings.chunk_len, []
+    T, w, rounds = q.size(2), settings.chunk_len, []
     wide = torch.promote_types(q.dtype, torch.float32)
-    whole = [F.pad(x.to(wide), (0, 0, 0, -T % c)) for x in (q, k, v)]
-    buckets = F.pad(buckets.int(), (0, -T % c), value=int(buckets.max()) + 1)
-    order = buckets.argsort(dim=-1, stable=True)  # (R, B, H, T): which token comes n-th
+    whole = [F.pad(x.to(wide), (0, 0, 0, -T % w)) for x in (q, k, v)]
+    buckets = F.pad(buckets.int(), (0, -T % w), value=int(buckets.max()) + 1)
+    order = buckets.argsort(dim=-1, stable=True)  # (P, B, H, T): which token comes n-th
     place = order.argsort(dim=-1)  # the inverse: at which place each token comes
     with inputs.autocast(q.device.type, enabled=False):
         for r in range(len(buckets)):
-            mask = round_mask(r, whole[0], buckets, order, place // c, settings)
+            mask = round_mask(r, whole[0], buckets, order, place // w, settings)
             rounds.append(one_round(*whole, mask, order[r], place[r]))
         o, z = (torch.stack(of_rounds) for of_rounds in zip(*rounds))
         return (z.softmax(dim=0) * o).sum(dim=0)[:, :, :T].to(v.dtype)  # eq. 15
@@ -151,11 +152,11 @@ class LSHAttention(nn.Module):
         return q, F.normalize(q, dim=-1), v
 
     def hash(self, q, seed):
-        """Buckets (R, B, H, T); None for exact attention, always within two chunks."""
-        c, n_rounds = self.settings.chunk_len, self.settings.n_rounds
-        if n_rounds == 0 or q.size(2) <= 2 * c:
+        """Buckets (P, B, H, T); None for exact attention, always within two chunks."""
+        w, n_rounds = self.settings.chunk_len, self.settings.n_rounds
+        if n_rounds == 0 or q.size(2) <= 2 * w:
             return None
-        return hash_vectors(q.detach(), 2 * math.ceil(q.size(2) / c), n_rounds, seed)
+        return hash_vectors(q.detach(), 2 * math.ceil(q.size(2) / w), n_rounds, seed)
 
     def forward(self, x, buckets=None):
         """x (B, T, d_model), buckets if known -> change (B, T, d_model), buckets."""

@@ -109,10 +109,10 @@ def cups(batch_size, segment_len, n_cups=5, seed=0):
 
 
 def duplicate(batch_size=32, length=64, n_symbols=63, seed=0):
-    """The task of the Reformer paper, section 5: 0 w 0 w.
+    """The task of the Reformer paper, section 5: 0 s 0 s.
 
-    w is length / 2 - 1 random symbols, so length is even, 4 or more. Symbols are
-    1 ... n_symbols, so the vocabulary has n_symbols + 1. Only the second w is to be
+    s is length / 2 - 1 random symbols, so length is even, 4 or more. Symbols are
+    1 ... n_symbols, so the vocabulary has n_symbols + 1. Only the second s is to be
     predicted: each of its tokens stands length / 2 before, for those who can look so
     far back.
     """
@@ -123,9 +123,9 @@ def duplicate(batch_size=32, length=64, n_symbols=63, seed=0):
 
     def stream():
         while True:
-            w = torch.randint(1, int(n_symbols) + 1, (B, half), generator=generator)
-            w[:, 0] = 0
-            tokens = torch.cat([w, w], dim=1)  # (B, length)
+            s = torch.randint(1, int(n_symbols) + 1, (B, half), generator=generator)
+            s[:, 0] = 0
+            tokens = torch.cat([s, s], dim=1)  # (B, length)
             targets = torch.full_like(tokens, -100)
             targets[:, half:-1] = tokens[:, half + 1 :]
             yield tokens, targets, True

@@ -72,17 +72,17 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | letter | meaning | letter | meaning |
 # | --- | --- | --- | --- |
 # | `B` | batch: texts side by side | `d_head` | width of a head, `d_model / H` |
-# | `T` | tokens in the window | `R` | hash rounds |
+# | `T` | tokens in the window | `P` | hash rounds (passes) |
 # | `H` | attention heads | `b` | buckets of one hash |
-# | `d_model` | width of a hidden state | `c` | tokens in a chunk |
-# | `L` | layers | `C` | chunks, `T / c` |
+# | `d_model` | width of a hidden state | `w` | tokens in a chunk |
+# | `L` | layers | `G` | chunks, `T / w` |
 #
 # One example goes with us through the chapter: the twelve tokens of `abracadabra!`, each with a vector. Here is what happens to them. Colours
 # are hash buckets: similar vectors mostly get the same colour. Sort the tokens by colour, cut the sorted row into chunks of equal length, and
 # let each chunk attend to itself and to the chunk before it. Then put the results back in the order of the text.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-TEXT, c = "abracadabra!", 4
+TEXT, w = "abracadabra!", 4
 COLOURS = [figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK]
 COLOURS += ["#56B4E9", "#E69F00"]
 buckets = [4, 4, 3, 4, 3, 0, 1, 4, 4, 3, 4, 0]  # section 4.2 computes them
@@ -92,7 +92,7 @@ rows = [
     ("the text", text, ["#999999"] * 12, None),
     ("1. hash: a colour for each token", text, coloured, None),
     ("2. sort by colour", by_bucket, coloured, None),
-    ("3. cut, and look at two chunks", by_bucket, coloured, c),
+    ("3. cut, and look at two chunks", by_bucket, coloured, w),
     ("4. put the results back", text, coloured, None),
 ]
 alt = (
@@ -127,7 +127,8 @@ def text_of(T, B=1):
 
 
 def loss_of(model, tokens):
-    return F.cross_entropy(model(tokens)[0].flatten(0, 1), tokens.flatten())
+    logits, _ = model(tokens)  # the targets do not matter here, only bytes and seconds
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def kept(model, tokens):
@@ -166,14 +167,13 @@ for T in (512, 2048, 4096):
 # The output of attention for query $q_i$ is a mean of the values, weighted by $\exp(q_i \cdot k_j)$. The exponential favours the keys that
 # point in the direction of the query. If those few could be found without comparing with all, the rest could be left out.
 #
-# **Locality-sensitive hashing** finds them. Draw a random matrix $R$ of shape $[d_{\text{head}}, b/2]$ (the paper's letter; not the number of
-# rounds) and give a vector $x$ the bucket
+# **Locality-sensitive hashing** finds them. Draw a random matrix $D$ of shape $[d_{\text{head}}, b/2]$ (the paper calls it $R$, which chapter 1 has used) and give a vector $x$ the bucket
 #
 # $$
-# h(x) = \arg\max \left( [xR \,;\, -xR] \right) ,
+# h(x) = \arg\max \left( [xD \,;\, -xD] \right) ,
 # $$
 #
-# where $[u\,;\,v]$ joins two vectors end to end. The columns of $R$ are $b/2$ random directions. $xR$ says how far $x$ goes in each, $-xR$
+# where $[u\,;\,v]$ joins two vectors end to end. The columns of $D$ are $b/2$ random directions. $xD$ says how far $x$ goes in each, $-xD$
 # how far in the opposite ones, and $h(x)$ is the direction in which it goes farthest. Two vectors that point nearly the same way have nearly
 # the same products, so they mostly agree on which is the largest. The length of $x$ does not matter.
 #
@@ -191,9 +191,12 @@ q = 3 * torch.stack([radians.cos(), radians.sin()], dim=-1)  # (T, d_head)
 q = q[None, None]  # (B, H, T, d_head) = (1, 1, 12, 2)
 k = F.normalize(q, dim=-1)
 
-R = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))  # (d_head, b / 2)
-xR = q[0, 0] @ R  # (T, b / 2)
-print(torch.cat([xR, -xR], dim=-1).argmax(dim=-1).tolist())
+D = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))  # (d_head, b / 2)
+xD = q[0, 0] @ D  # (T, b / 2)
+print(torch.cat([xD, -xD], dim=-1).argmax(dim=-1).tolist())
+
+# %% [markdown]
+# (Other numbers than in the first picture, for this is another matrix; round 1 below has the picture's.)
 
 # %% [markdown]
 # That is all of it. The function below does the same for all texts and heads, in several independent **rounds**: each round and each head has
@@ -203,7 +206,7 @@ print(torch.cat([xR, -xR], dim=-1).argmax(dim=-1).tolist())
 
 # %% tags=["from-module"]
 def hash_vectors(x, n_buckets, n_rounds, seed):
-    """h(x) = argmax [xR ; -xR] for each round and head: (B, H, T, d) -> (R, B, H, T).
+    """h(x) = argmax [xD ; -xD] for each round and head: (B, H, T, d) -> (P, B, H, T).
 
     Above 32, two small hashes, h1 + b1 * h2, make nearly as many buckets for less work.
     """
@@ -211,16 +214,16 @@ def hash_vectors(x, n_buckets, n_rounds, seed):
     b1 = n_buckets if n_buckets <= 32 else 2 * round(math.sqrt(n_buckets) / 2)
     generator, buckets, total = torch.Generator().manual_seed(seed), 0, 1
     for b in [b1] if b1 == n_buckets else [b1, 2 * round(n_buckets / b1 / 2)]:
-        # Direction by direction: where b is smaller, R has the first of the same ones.
-        R = torch.randn(b // 2, n_rounds, 1, x.size(1), x.size(3), generator=generator)
-        xR = x @ R.movedim(0, -1).to(x)  # (R, B, H, T, b / 2)
-        buckets = buckets + total * torch.cat([xR, -xR], dim=-1).argmax(dim=-1)
+        # Direction by direction: where b is smaller, D has the first of the same ones.
+        D = torch.randn(b // 2, n_rounds, 1, x.size(1), x.size(3), generator=generator)
+        xD = x @ D.movedim(0, -1).to(x)  # (P, B, H, T, b / 2)
+        buckets = buckets + total * torch.cat([xD, -xD], dim=-1).argmax(dim=-1)
         total *= b
     small = torch.int16 if total <= 2**15 else torch.int32
-    return buckets.to(torch.uint8 if total <= 2**8 else small)  # (R, B, H, T)
+    return buckets.to(torch.uint8 if total <= 2**8 else small)  # (P, B, H, T)
 
 # %%
-buckets = hash_vectors(q, n_buckets=6, n_rounds=2, seed=SEED)  # (R, B, H, T)
+buckets = hash_vectors(q, n_buckets=6, n_rounds=2, seed=SEED)  # (P, B, H, T)
 print("text   ", *TEXT)
 for r in range(2):
     print(f"round {r + 1}", *buckets[r, 0, 0].tolist())
@@ -231,7 +234,7 @@ angles = torch.linspace(0, 2 * math.pi, 721)
 circle = torch.stack([angles.cos(), angles.sin()], dim=-1)[None, None]  # (1, 1, 721, 2)
 regions = hash_vectors(circle, n_buckets=6, n_rounds=2, seed=SEED)[:, 0, 0]
 generator = torch.Generator().manual_seed(SEED)  # as in hash_vectors
-directions = torch.randn(3, 2, 2, generator=generator)  # (b / 2, R, d_head)
+directions = torch.randn(3, 2, 2, generator=generator)  # (b / 2, P, d_head)
 
 figure, both = plt.subplots(1, 2, figsize=(6.8, 3.5))
 for r, axes in enumerate(both):
@@ -250,13 +253,14 @@ figures.show(
     figure,
     "In round 1 a border runs through the letters a: one a falls into another bucket, "
     "and b, a letter away, joins the others. In round 2 all five a are together, with "
-    "!. Each circle is divided into arcs of the colour of the nearest of six "
-    "directions.",
+    "!. Each circle is divided into arcs of the colour of the direction with "
+    "the largest product; two of the six directions have no arc.",
 )
 
 # %% [markdown]
-# An arrow is a direction; an arc has the colour of the direction whose product is largest there. (Long columns of $R$ win more often, so arcs
-# are of uneven size; the arrows are drawn at equal length.) Each round makes its mistakes. Round 1 parts one `a` from the others and joins
+# An arrow is a direction; an arc has the colour of the direction whose product is largest there. (Long columns of $D$ win more often, so arcs
+# are of uneven size, and a short one can lose everywhere: in each round two of the six directions have no arc. The arrows are drawn at equal
+# length.) Each round makes its mistakes. Round 1 parts one `a` from the others and joins
 # `b` to them instead; round 2 has all the `a` together, and `!` with them. That is chance, and so several rounds help: two vectors meet if
 # *any* round puts them together. How often, by angle?
 
@@ -294,8 +298,8 @@ figures.show(
 )
 
 # %% [markdown]
-# More rounds find more of the near vectors, and of the others too. In two dimensions with four buckets nearly anything meets in eight
-# rounds; in 24 dimensions with 16 buckets, where attention lives, unrelated vectors (at right angles) seldom meet in one round, and fewer
+# More rounds find more of the near vectors, and of the others too. In two dimensions with four buckets even vectors at right angles
+# mostly meet in eight rounds; in 24 dimensions with 16 buckets, as in the model of section 4.7, unrelated vectors (at right angles) seldom meet in one round, and fewer
 # than half of them in eight.
 #
 # ## 4.3 Who may look at whom: two comparisons
@@ -312,13 +316,13 @@ figures.show(
 # sets the scale of the scores by the length of its queries.)
 #
 # Buckets are of uneven size, and hardware likes even ones. So sort the tokens by bucket and, within a bucket, by position; then cut the row
-# into chunks of $c$. With $b = 2T/c$ buckets, a chunk holds two average buckets. A bucket may be cut in two, so each chunk also sees the
-# chunk before it. In our example $T = 12$, $b = 6$, $c = 4$.
+# into chunks of $w$. With $b = 2T/w$ buckets, a chunk holds two average buckets. A bucket may be cut, so each chunk also sees the chunk
+# before it; what lies farther back is lost in this round. In our example $T = 12$, $b = 6$, $w = 4$.
 
 # %%
-order = buckets.argsort(dim=-1, stable=True)  # (R, B, H, T): which token comes n-th
+order = buckets.argsort(dim=-1, stable=True)  # (P, B, H, T): which token comes n-th
 place = order.argsort(dim=-1)  # the inverse: at which place each token comes
-chunk = place // c
+chunk = place // w
 print("sorted", *[TEXT[i] for i in order[0, 0, 0]])
 print("bucket", *buckets[0, 0, 0][order[0, 0, 0]].tolist())
 print("chunk ", *chunk[0, 0, 0][order[0, 0, 0]].tolist())
@@ -340,7 +344,7 @@ def down_across(x):
 
 bucket_i, bucket_j = down_across(buckets)
 chunk_i, chunk_j = down_across(chunk)
-found = in_set(bucket_i, chunk_i, bucket_j, chunk_j)  # (R, B, H, T, T)
+found = in_set(bucket_i, chunk_i, bucket_j, chunk_j)  # (P, B, H, T, T)
 past = torch.ones(12, 12, dtype=torch.bool).tril()
 keys = (found[0, 0, 0] & past)[10].nonzero().flatten()
 print("the last a may look at:", *[f"{TEXT[j]}{j}" for j in keys])
@@ -409,9 +413,9 @@ def attention_weights(q, k, buckets, settings):
     scores = q @ k.mT + max(SELF, least) * torch.eye(T).to(q)
     scores = scores + q.new_full((T, T), -math.inf).triu(1)
     if buckets is not None:
-        place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)  # (R, B, H, T)
+        place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)  # (P, B, H, T)
         queries = buckets[..., None], (place // settings.chunk_len)[..., None]
-        keys = [x.mT for x in queries]  # (R, B, H, T, 1) -> (R, B, H, 1, T)
+        keys = [x.mT for x in queries]  # (P, B, H, T, 1) -> (P, B, H, 1, T)
         N_ij = in_set(*queries, *keys, settings.same_bucket).sum(dim=0)  # (B, H, T, T)
         scores = scores.masked_fill(N_ij == 0, -math.inf)
         scores = scores if settings.count_once else scores + N_ij.to(scores).log()
@@ -422,13 +426,13 @@ def attention_weights(q, k, buckets, settings):
 # `count_once=False` a key that two rounds find counts as two equal keys.)
 
 # %%
-settings = Settings(chunk_len=c)
+settings = Settings(chunk_len=w)
 one = attention_weights(q, k, buckets[:1], settings)[0, 0]  # (T, T)
 two = attention_weights(q, k, buckets, settings)[0, 0]
 exact = attention_weights(q, k, None, settings)[0, 0]
 for name, weights in [("round 1 alone", one), ("two rounds", two), ("exact", exact)]:
     row = enumerate(weights[10].tolist())
-    row = [f"{TEXT[j]}{j} {w:.2f}" for j, w in row if w > 0.005]
+    row = [f"{TEXT[j]}{j} {p:.2f}" for j, p in row if p > 0.005]
     print(f"{name:13}: the last a looks at", ", ".join(row))
 
 # %% [markdown]
@@ -446,15 +450,15 @@ def rearrange(x, order):
 
 # %% tags=["from-module"]
 def look_back(x, nothing=0):
-    """Each chunk after the one before it: (B, H, C, c, ...) -> (B, H, C, 2c, ...)."""
+    """Each chunk after the one before it: (B, H, G, w, ...) -> (B, H, G, 2w, ...)."""
     before_first = torch.full_like(x[:, :, :1], nothing)
     return torch.cat([torch.cat([before_first, x[:, :, :-1]], dim=2), x], dim=3)
 
 # %%
 letters = torch.arange(12).view(1, 1, 12)  # (B, H, T)
-chunks = rearrange(letters, order[0]).unflatten(2, (-1, c))  # (B, H, C, c)
+chunks = rearrange(letters, order[0]).unflatten(2, (-1, w))  # (B, H, G, w)
 print("chunks    ", ["".join(TEXT[i] for i in chunk) for chunk in chunks[0, 0]])
-wider = look_back(chunks, nothing=-1)[0, 0]  # (C, 2c)
+wider = look_back(chunks, nothing=-1)[0, 0]  # (G, 2w)
 print("looks back", ["".join((TEXT + "-")[i] for i in chunk) for chunk in wider])
 
 # %% [markdown]
@@ -465,24 +469,24 @@ print("looks back", ["".join((TEXT + "-")[i] for i in chunk) for chunk in wider]
 v = torch.randn(1, 1, 12, 3, generator=torch.Generator().manual_seed(SEED))
 
 
-def round_by_hand(q, k, v, bucket, order, c):
+def round_by_hand(q, k, v, bucket, order, w):
     """One round of hashed attention: everything (1, 1, T, ...)."""
-    cut = lambda x: rearrange(x, order).unflatten(2, (-1, c))  # (B, H, C, c, ...)
-    scores = cut(q) @ look_back(cut(k)).mT  # (B, H, C, c, 2c)
+    cut = lambda x: rearrange(x, order).unflatten(2, (-1, w))  # (B, H, G, w, ...)
+    scores = cut(q) @ look_back(cut(k)).mT  # (B, H, G, w, 2w)
     same = cut(bucket)[..., None] == look_back(cut(bucket), nothing=-1)[..., None, :]
-    position = order.unflatten(2, (-1, c))
+    position = order.unflatten(2, (-1, w))
     i, j = position[..., None], look_back(position, nothing=12)[..., None, :]
     scores = (scores + SELF * (i == j)).masked_fill(~same | (j > i), -math.inf)
-    o = scores.softmax(dim=-1) @ look_back(cut(v))  # (B, H, C, c, d_head)
+    o = scores.softmax(dim=-1) @ look_back(cut(v))  # (B, H, G, w, d_head)
     return rearrange(o.flatten(2, 3), order.argsort(dim=-1))
 
 
-by_hand = round_by_hand(q, k, v, buckets[0].int(), order[0], c)
+by_hand = round_by_hand(q, k, v, buckets[0].int(), order[0], w)
 print(f"largest difference from the definition: {(by_hand - one @ v).abs().max():.0e}")
 assert torch.allclose(by_hand, one @ v, atol=1e-6)
 
 # %% [markdown]
-# Only $T \cdot 2c$ scores were computed. When $T$ is 64 times as large and $c$ is not, that makes all the difference.
+# Only $T \cdot 2w$ scores were computed. When $T$ is 64 times as large and $w$ is not, that makes all the difference.
 #
 # ## 4.5 Several rounds, each key once
 #
@@ -508,7 +512,7 @@ assert torch.allclose(by_hand, one @ v, atol=1e-6)
 #
 # $$
 # m_{i,j}^{(r)} = \begin{cases}
-# -\infty & \text{if } j \notin \mathcal P_i^{(r)} \text{ (another bucket, another chunk, the future),} \\
+# -\infty & \text{if } j \notin \mathcal P_i^{(r)} \text{ (another bucket, neither the chunk nor the one before, the future),} \\
 # -10^5 & \text{if } i = j , \\
 # -\log N_{i,j} & \text{otherwise.}
 # \end{cases}
@@ -518,13 +522,13 @@ assert torch.allclose(by_hand, one @ v, atol=1e-6)
 
 # %% tags=["from-module"]
 def round_mask(r, q, buckets, order, chunk, settings):
-    """What eq. 16 adds to the scores of round r: (B, H, C, c, 2c), in sorted order."""
+    """What eq. 16 adds to the scores of round r: (B, H, G, w, 2w), in sorted order."""
     cut = lambda x: x.unflatten(2, (-1, settings.chunk_len))[..., None]
 
     def found(other):
         queries = [cut(rearrange(x[other], order[r])) for x in (buckets, chunk)]
-        keys = [look_back(x).mT for x in queries]  # (B, H, C, c, 1) -> (B, H, C, 1, 2c)
-        return in_set(*queries, *keys, settings.same_bucket)  # (B, H, C, c, 2c)
+        keys = [look_back(x).mT for x in queries]  # (B, H, G, w, 1) -> (B, H, G, 1, 2w)
+        return in_set(*queries, *keys, settings.same_bucket)  # (B, H, G, w, 2w)
 
     others = [n for n in range(len(buckets)) if n != r and settings.count_once]
     mine = found(r)
@@ -541,15 +545,15 @@ figure, axes = plt.subplots(2, 3, figsize=(7.4, 4.4))
 colours = ["#eeeeee", "#cfe3f3", figures.BLUE, figures.ORANGE]
 cmap = plt.matplotlib.colors.ListedColormap(colours)
 for r, row in enumerate(axes):
-    mask = round_mask(r, q, buckets, order, chunk, settings)[0, 0]  # (C, c, 2c)
-    letters = ["–"] * c + [TEXT[i] for i in order[r, 0, 0]]
+    mask = round_mask(r, q, buckets, order, chunk, settings)[0, 0]  # (G, w, 2w)
+    letters = ["–"] * w + [TEXT[i] for i in order[r, 0, 0]]
     for n, (ax, m) in enumerate(zip(row, mask)):
         kind = torch.where(m == 0, 2, torch.where(m < SELF, 0, 3))
         kind = torch.where(m == SELF, 1, kind)
         look = dict(cmap=cmap, vmin=0, vmax=3, ylabel="")
         figures.matrix(ax, kind, title=f"chunk {n}", **look)
-        across = letters[n * c : (n + 2) * c]
-        named(ax, across, across[c:])
+        across = letters[n * w : (n + 2) * w]
+        named(ax, across, across[w:])
     row[0].set_ylabel(f"round {r + 1}, query")
 patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
 names = ["hidden", "yourself", "found once", "found twice"]
@@ -567,9 +571,9 @@ figures.show(
 def one_round(q, k, v, mask, order, place):
     """Attention in one round: o (B, H, T, d_head) and z (B, H, T, 1). Eq. 13, 14."""
     cut = lambda x: rearrange(x, order).unflatten(2, (-1, mask.size(3)))
-    scores = cut(q) @ look_back(cut(k)).mT + mask  # (B, H, C, c, 2c)
-    o = scores.softmax(dim=-1) @ look_back(cut(v))  # (B, H, C, c, d_head)
-    z = scores.logsumexp(dim=-1, keepdim=True)  # (B, H, C, c, 1)
+    scores = cut(q) @ look_back(cut(k)).mT + mask  # (B, H, G, w, 2w)
+    o = scores.softmax(dim=-1) @ look_back(cut(v))  # (B, H, G, w, d_head)
+    z = scores.logsumexp(dim=-1, keepdim=True)  # (B, H, G, w, 1)
     return rearrange(o.flatten(2, 3), place), rearrange(z.flatten(2, 3), place)
 
 # %% [markdown]
@@ -578,20 +582,20 @@ def one_round(q, k, v, mask, order, place):
 
 # %% tags=["from-module"]
 def lsh_attention(q, k, v, buckets, settings):
-    """Attention within buckets (R, B, H, T): q, k, v (B, H, T, d_head) -> as v.
+    """Attention within buckets (P, B, H, T): q, k, v (B, H, T, d_head) -> as v.
 
     Any T: the end is filled up to whole chunks, in a bucket that comes last.
     """
     inputs.check_attention(q, k, v, buckets)
-    T, c, rounds = q.size(2), settings.chunk_len, []
+    T, w, rounds = q.size(2), settings.chunk_len, []
     wide = torch.promote_types(q.dtype, torch.float32)
-    whole = [F.pad(x.to(wide), (0, 0, 0, -T % c)) for x in (q, k, v)]
-    buckets = F.pad(buckets.int(), (0, -T % c), value=int(buckets.max()) + 1)
-    order = buckets.argsort(dim=-1, stable=True)  # (R, B, H, T): which token comes n-th
+    whole = [F.pad(x.to(wide), (0, 0, 0, -T % w)) for x in (q, k, v)]
+    buckets = F.pad(buckets.int(), (0, -T % w), value=int(buckets.max()) + 1)
+    order = buckets.argsort(dim=-1, stable=True)  # (P, B, H, T): which token comes n-th
     place = order.argsort(dim=-1)  # the inverse: at which place each token comes
     with inputs.autocast(q.device.type, enabled=False):
         for r in range(len(buckets)):
-            mask = round_mask(r, whole[0], buckets, order, place // c, settings)
+            mask = round_mask(r, whole[0], buckets, order, place // w, settings)
             rounds.append(one_round(*whole, mask, order[r], place[r]))
         o, z = (torch.stack(of_rounds) for of_rounds in zip(*rounds))
         return (z.softmax(dim=0) * o).sum(dim=0)[:, :, :T].to(v.dtype)  # eq. 15
@@ -618,8 +622,8 @@ assert max(errors) < 1e-10
 #
 # Take 1,024 vectors scattered around 64 directions, and measure how far hashed attention is from exact attention. Four curves: the paper;
 # without $N_{i,j}$, so that a key that is found eight times counts eight times; and **later code**, among it the authors' own, which leaves
-# out both $N_{i,j}$ and the comparison of buckets: whatever stands in the two chunks is looked at. And, to tell the two apart, one that
-# looks at any bucket and counts each key once.
+# out both $N_{i,j}$ and the comparison of buckets: whatever stands in the two chunks is looked at. And, to separate the two
+# omissions, one that looks at any bucket and counts each key once.
 
 # %%
 def clustered(T, d, n_clusters, noise, scale):
@@ -674,7 +678,8 @@ figures.show(
 )
 
 # %% [markdown]
-# What makes the error keep falling is counting each key once: only these two curves converge. The comparison of buckets saves no time in this
+# What makes the error keep falling is counting each key once. Without $N_{i,j}$ a key's weight is multiplied by the number of rounds that find
+# it, and near keys are found more often, so with ever more rounds the result goes to something else than exact attention. The comparison of buckets saves no time in this
 # code, and costs accuracy: whoever looks at any bucket sees more keys. (Later code leads with one round for that reason.) These are artificial
 # vectors in tight clusters, though; exercise 2 asks the trained model.
 #
@@ -682,12 +687,12 @@ figures.show(
 #
 # Per head and round, with $d = d_{\text{head}}$:
 #
-# | step | operations | with $b = 2T/c$ and $c$ fixed |
+# | step | operations | with $b = 2T/w$ and $w$ fixed |
 # | --- | --- | --- |
 # | hash, one product for each pair of directions | $T\,b\,d / 2$ | $O(T^2)$, if it were one hash |
 # | hash, in two small ones of $\sqrt b$ buckets | $T \sqrt b\, d$ | $O(T^{3/2})$, with a tiny factor |
 # | sort | $T \log T$ | $O(T \log T)$ |
-# | scores and sums, $2c$ for each token | $4\,T\,c\,d$ | $O(T)$ |
+# | scores and sums, $2w$ for each token | $4\,T\,w\,d$ | $O(T)$ |
 #
 # The paper's $O(T \log T)$ is the third row: it takes the number of rounds, the chunk and the cost of a hash as constants. Section 4.8
 # measures the total: what a token costs hardly depends on the length of the text.
@@ -719,11 +724,11 @@ class LSHAttention(nn.Module):
         return q, F.normalize(q, dim=-1), v
 
     def hash(self, q, seed):
-        """Buckets (R, B, H, T); None for exact attention, always within two chunks."""
-        c, n_rounds = self.settings.chunk_len, self.settings.n_rounds
-        if n_rounds == 0 or q.size(2) <= 2 * c:
+        """Buckets (P, B, H, T); None for exact attention, always within two chunks."""
+        w, n_rounds = self.settings.chunk_len, self.settings.n_rounds
+        if n_rounds == 0 or q.size(2) <= 2 * w:
             return None
-        return hash_vectors(q.detach(), 2 * math.ceil(q.size(2) / c), n_rounds, seed)
+        return hash_vectors(q.detach(), 2 * math.ceil(q.size(2) / w), n_rounds, seed)
 
     def forward(self, x, buckets=None):
         """x (B, T, d_model), buckets if known -> change (B, T, d_model), buckets."""
@@ -752,7 +757,7 @@ a, b = a.tril(-1), b.tril(-1)  # without yourself
 print(f"and {(a & b).sum() / a.sum():.0%} of the pairs that share a bucket")
 
 # %% [markdown]
-# Mind the last line. The number of buckets follows the length, $b = 2T/c$, so a text that grows past a multiple of the chunk gets two buckets
+# Mind the last line. The number of buckets follows the length, $b = 2T/w$, so a text that grows past a multiple of the chunk gets two buckets
 # more. With at most 32 buckets that is one new direction and its opposite, while the others stay (their numbers move, which means nothing):
 # most pairs stay together, not all. With more buckets both small hashes may change. So in evaluation, too, what a token looks at depends on
 # how long the text is.
@@ -818,7 +823,7 @@ for name, mine, right in zip(names, again, [x1, x2, x1.grad, x2.grad]):
 #   even when the buckets are known.)
 # - **Buckets** must be the same ones. Rebuilt inputs differ from the first ones by rounding errors, and a vector on the border of two buckets
 #   could fall on the other side. So buckets are kept: one byte for each token, head and round (two above 256 buckets).
-# - **Autocast** must be set as it was, and modes and settings unchanged. `inputs.modes` lists what may not change, and
+# - **Autocast** must be set as it was, and modes (train or eval) and settings unchanged. `inputs.modes` lists what may not change, and
 #   `inputs.check_unchanged` says so if it did: an error, not a wrong gradient.
 #
 # The feed-forward block adds a third way to save: it treats every position by itself, so it need not treat them all at once. It computes a
@@ -977,7 +982,7 @@ class Reformer(nn.Module):
 
 # %% [markdown]
 # Does it give the right gradients? Compare with `reversible=False`, where autograd keeps everything, in training mode: with dropout, fresh
-# rotations, feed-forward in pieces, and two forward passes before one backward pass.
+# random matrices, feed-forward in pieces, and two forward passes before one backward pass.
 
 # %%
 def all_gradients(reversible):
@@ -1118,7 +1123,7 @@ print(f"trained with 2 rounds, read through a local window: {local:.3f}")
 assert local < live["2 rounds"] + 0.02
 
 # %% [markdown]
-# Here hashing costs: with each halving of the rounds the loss rises, and a model that was trained with few rounds does not get it all back by
+# Here hashing costs: with each halving of the rounds the loss rises, and a model that was trained with few rounds gets hardly any of it back by
 # being evaluated with many. The paper's advice to train with few rounds and evaluate with more comes from tasks like the next one; on this
 # text it does not hold.
 #
@@ -1129,18 +1134,19 @@ assert local < live["2 rounds"] + 0.02
 #
 # ### The duplicate task: far away, at two lengths
 #
-# The paper's own test (section 5, Table 2). A sequence is `0 w 0 w`, where `w` is a string of random symbols, new each time. To predict the
-# second `w` you must look back half the sequence for every symbol; nothing nearer helps.
+# The paper's own test (section 5, Table 2). A sequence is `0 s 0 s`, where `s` is a string of random symbols, new each time (the paper writes
+# $w$). To predict the second `s` you must look back half the sequence for every symbol; nothing nearer helps. What do query and key have in
+# common there? Only their places. The model has to learn vectors in which each position is like the one half a sequence before the *next*.
 
 # %%
 tokens, targets, _ = next(tasks.duplicate(batch_size=1, length=16, seed=SEED))
-print("0 w 0 w:", *tokens[0].tolist())
+print("0 s 0 s:", *tokens[0].tolist())
 print("targets:", *("." if t == -100 else t for t in targets[0].tolist()))
 
 # %% [markdown]
-# Train with exact attention and with 4, 2 and 1 rounds at length 64, and evaluate each with all of them. The positions are one full table, a
-# grid of one column: with two axes, $q_i \cdot q_j$ is large for any pair of positions that share a row or a column, in both directions
-# alike, and the model has to unlearn that first.
+# Train with exact attention and with 4, 2 and 1 rounds at length 64, and evaluate each with all of them. The positions are a grid of
+# one column, so that each has a half vector of its own. (With two axes, positions that share a row or a column would be alike from the
+# start.)
 
 # %% tags=["band"]
 CALLED = {0: "exact", 8: "8 rounds", 4: "4 rounds", 2: "2 rounds", 1: "1 round"}
@@ -1161,7 +1167,7 @@ def duplicate_model(length, n_rounds, seed, steps, chunk_len, batch_size):
 
 @torch.no_grad()
 def accuracy(model, n_rounds):
-    """Share of the second w that is predicted, in strings that were not trained on."""
+    """Share of the second s that is predicted, in strings that were not trained on."""
     model.settings.n_rounds = n_rounds
     tokens, targets, _ = next(tasks.duplicate(length=model.max_len, seed=999))
     best, targets = model(tokens.to(device))[0].argmax(dim=-1), targets.to(device)
@@ -1193,12 +1199,12 @@ figures.table(
     ],
 )
 duplicate_band.check(table, margin=0.15)
-for seeds in duplicate_band.values.values():  # (S, 5) each
+for seeds in duplicate_band.values.values():  # (seeds, 5) each
     assert (seeds[:, 0] > 0.99).all() and (seeds[:, 1] > seeds[:, 4]).all()
 
 # %% [markdown]
 # What agrees with the paper: trained with hashing and evaluated with two rounds or more, nearly all is right, and every model does better with
-# eight rounds than with one. What does not: in the paper, models trained with hashing fail under exact attention (0.8 %, which is guessing), and one trained
+# eight rounds than with one. What does not: in the paper, models trained with hashing fail under exact attention (0.8 %, which is guessing among their 128 symbols), and one trained
 # with exact attention gets no further than 76.9 % with two rounds. Here exact attention is perfect for all, as one would expect of a method that
 # converges to it. A [published replication](https://github.com/arampacha/reformer_fastai) got other numbers again. Our task is shorter and
 # our model smaller, we mask other buckets and count duplicates once, as the text of the paper says, and we do not know what its code did in
@@ -1315,19 +1321,19 @@ low, high = variant_band.low, variant_band.high
 assert max(map(high, VARIANTS)) - min(map(low, VARIANTS)) < 0.03
 assert high("ordinary, shared QK") < low("reversible, shared QK")
 
-spans = {name: (min(v), max(v)) for name, v in variant_band.values.items()}
+spans = {name: "{:.3f} to {:.3f}".format(low(name), high(name)) for name in variants}
 figures.table(
     f"Training loss, mean of the last 20 steps, nats per character ({corpus.name})",
     ["with exact attention", "this run", "recorded seeds"],
     [
-        [name, f"{loss:.3f}", "{:.3f} to {:.3f}".format(*spans[name])]
+        [name, f"{loss:.3f}", spans[name] if variant_band.seeds else "not on this text"]
         for name, loss in variants.items()
     ],
 )
 
 # %% [markdown]
 # As in the paper, the variants end near one another, within 0.03 nats. They are not quite equal: with shared QK, the recorded seeds put
-# ordinary layers a hundredth of a nat below reversible ones. What reversible layers cost in time is measured below.
+# ordinary layers a hundredth of a nat below reversible ones. (Separate keys are not told apart from shared ones: their bands overlap.) What reversible layers cost in time is measured below.
 #
 # ### Time against length
 #
@@ -1381,15 +1387,15 @@ figures.show(
 )
 
 # %% [markdown]
-# The level lines are the paper's claim, and it holds. But mind where they are crossed. In 2020 attention meant a matrix of $T \times T$
+# The level lines are the paper's claim, and it holds. But mind where they are crossed, on this machine: read it from the figure. In 2020 attention meant a matrix of $T \times T$
 # weights, written to memory and read again. Fused attention never writes it, and for short texts hashing loses clearly. The code of this
 # chapter is the plainest, not the fastest; appendix B makes it about twice as fast with the same results.
 #
 # ### Memory against depth
 #
 # Table 3 of the paper, in our letters: a transformer needs $\max(B\,T\,d_{ff},\; B\,H\,T^2)\,L$ numbers, a Reformer
-# $\max(B\,T\,d_{\text{model}},\; B\,H\,T\,R\,m)$ with $m$ scores for a token. The depth has gone. (The paper writes $c$ for $m$ and $c =
-# (4T/n_c)^2$ with $n_c$ chunks. A token that sees two chunks has $2T/n_c$ scores, and we put that in: 128 with our chunks of 64.)
+# $\max(B\,T\,d_{\text{model}},\; B\,H\,T\,P\,m)$. The depth has gone. Here $m = 2w$ is the number of scores for a token in one round, 128 with our
+# chunks of 64. (The paper's own expression for it differs.)
 #
 # Measure what autograd keeps at length 1,024: reversible or not, hashed or exact, and vanilla.
 
@@ -1466,13 +1472,14 @@ assert costs["reversible"][0] < costs["checkpoints"][0] < costs["keep all"][0]
 
 # %% [markdown]
 # Checkpoints keep one input a block, so they grow with depth, but slowly; the peak, which is what has to fit, is set by one block at work in
-# both. Both pay with a second computation. That is why checkpointing, which needs no second stream, is what most people use.
+# both. Both pay with a second computation. Reversible layers keep less, but the peak is much the same, and any model can be checkpointed
+# without a second stream: that is what most people do.
 #
 # ### Memory against length
 #
 # Four layers, longer and longer windows. For the vanilla model there are two numbers: with fused attention, and with the weights stored as in
-# 2020. (The recorder of this course opens fused attention up to see the weights, and then autograd keeps them.) The black lines are the
-# formulas of Table 3, times 4 bytes.
+# 2020. (The recorder of this course opens fused attention up to see the weights, and then autograd keeps them.) The thin black lines,
+# dotted and dashed, are the formulas of Table 3, times 4 bytes.
 
 # %%
 lengths = [256, 512, 1024, 2048]
@@ -1486,10 +1493,10 @@ for T in lengths:
         by_length["vanilla, weights stored"].append(kept(vanilla, tokens))
     for name in hashed:
         by_length[name].append(kept(reformer_of(T, **KEEPING[name]), tokens))
-H, L, R, m = 4, 4, 2, 2 * 64
+H, L, P, m = 4, 4, 2, 2 * 64
 formula = {
     "transformer": [4 * max(T * WIDE["d_ff"], H * T**2) * L / MiB for T in lengths],
-    "Reformer": [4 * T * max(WIDE["d_model"], H * R * m) / MiB for T in lengths],
+    "Reformer": [4 * T * max(WIDE["d_model"], H * P * m) / MiB for T in lengths],
 }
 print("length                  ", *(f"{T:8,}" for T in lengths))
 for label, values in by_length.items():
@@ -1512,9 +1519,9 @@ axes.minorticks_off()
 axes.legend(fontsize=8, ncols=2)
 figures.show(
     figure,
-    "Stored weights rise with the square of the length, along the formula for the "
-    "transformer; with fused attention, what is kept rises in proportion to it; the "
-    "reversible model is lowest by far, below its formula.",
+    "Stored weights rise with the square of the length, parallel to the formula for "
+    "the transformer and above it; with fused attention, what is kept rises in "
+    "proportion to it; the reversible model is lowest by far, below its formula.",
 )
 
 # %% [markdown]
@@ -1526,9 +1533,9 @@ figures.show(
 # %% [markdown]
 # ## 4.9 Where it looks
 #
-# How much of what exact attention would look at lies in the query's own bucket, where one round can find it? Add up the weights of *exact*
-# attention by the bucket of the query and of the key, for the queries of the model trained with two rounds, in round 1. What lies on the
-# diagonal, that round can find at most. The rest it misses. (`measure.look(model, tokens)` gives the weights of hashed attention, all rounds
+# How much of what exact attention would look at lies in the query's own bucket, where one round can find it? Take the model trained with two
+# rounds, and the buckets of its first round. Add up the weights of *exact* attention by the bucket of the query and of the key. What lies on
+# the diagonal, that round can find at most. The rest it misses. (`measure.look(model, tokens)` gives the weights of hashed attention, all rounds
 # together.)
 
 # %%
@@ -1621,14 +1628,14 @@ assert leak.max() < 1e-9  # the last one is exact attention
 #
 # It is the chunks that leak, not the buckets: a bucket depends on the token's own query, which comes from the token and its past. (The number
 # of buckets depends on the length alone.) So count differently. Let a token's chunk be its **rank in
-# its own bucket**, divided by $c$. The rank counts earlier tokens only, so nothing later can move it. In the definition that is one line:
+# its own bucket**, divided by $w$. The rank counts earlier tokens only, so nothing later can move it. In the definition that is one line:
 
 # %%
-def causal_weights(q, k, h, c):
+def causal_weights(q, k, h, w):
     """As attention_weights, with chunks counted within each bucket."""
-    same = h[..., :, None] == h[..., None, :]  # (R, B, H, T, T)
-    rank = same.tril(-1).sum(dim=-1)  # (R, B, H, T): how many of its bucket came before
-    chunk_i, chunk_j = down_across(rank // c)
+    same = h[..., :, None] == h[..., None, :]  # (P, B, H, T, T)
+    rank = same.tril(-1).sum(dim=-1)  # (P, B, H, T): how many of its bucket came before
+    chunk_i, chunk_j = down_across(rank // w)
     bucket_i, bucket_j = down_across(h)
     found = in_set(bucket_i, chunk_i, bucket_j, chunk_j).any(dim=0)  # (B, H, T, T)
     hidden = ~found.tril()
@@ -1661,7 +1668,7 @@ assert abs(causal_loss - chunked_loss) < 0.02
 #
 # | here | the paper | why |
 # | --- | --- | --- |
-# | above 32 buckets, two small hashes are put together | one hash; the authors' code does so above 128 buckets, where the number is not set | a hash with many directions is dear |
+# | above 32 buckets, two small hashes are put together | one hash; the authors' code splits it above 128 buckets when it picks the number itself | a hash with many directions is dear |
 # | before the first chunk lies nothing | the last chunk of the round before | with the comparison of buckets it makes no difference; without it (`same_bucket=False`) first chunks differ from later code |
 # | windows of up to two chunks get exact attention | always hashed | costs no more, and finds more |
 # | every layer hashes | in the authors' configuration for enwik8 one layer of four; the others look at a local window | one idea at a time |
@@ -1686,7 +1693,7 @@ assert abs(causal_loss - chunked_loss) < 0.02
 #
 # ## 4.13 Exercises
 #
-# 1. *(15 minutes)* Write `my_sets(buckets, c)`: for one head and one round, `buckets` being a list of T numbers, the list of sets $\mathcal
+# 1. *(15 minutes)* Write `my_sets(buckets, w)`: for one head and one round, `buckets` being a list of T numbers, the list of sets $\mathcal
 #    P_i$, each a sorted list. Use the words of section 4.3, not its code. Check it with `exercises.check_sets(my_sets)`.
 # 2. *(10 minutes)* Evaluate `reformer` with 1, 2, 4 and 8 rounds, with `settings.count_once` True and False. What do you expect with 1
 #    round? Does leaving out $N$ hurt this model, as it hurts the clustered vectors? `exercises.check_once(with_N, without_N)` takes your two
@@ -1695,16 +1702,16 @@ assert abs(causal_loss - chunked_loss) < 0.02
 #    section 4.6 become, and why? And why is nothing wrong if, instead, `LSHAttention.forward` ignores the buckets that it is given?
 #    `exercises.check_broken(relative)` says whether yours are as wrong as they should be.
 # 4. *(10 minutes)* What would the strictly causal variant cost? Sort by bucket, and pad every bucket to whole chunks. How many places does
-#    that take for 1,024 tokens in 32 buckets of random sizes, with $c = 2T/b = 64$? `exercises.check_places(my_places)` checks
-#    `my_places(buckets, c)`, the number of places.
+#    that take for 1,024 tokens in 32 buckets of random sizes, with $w = 2T/b = 64$? `exercises.check_places(my_places)` checks
+#    `my_places(buckets, w)`, the number of places.
 
 # %% [markdown]
 # <details><summary>Solution 1</summary>
 #
 # ```python
-# def my_sets(buckets, c):
+# def my_sets(buckets, w):
 #     order = sorted(range(len(buckets)), key=lambda i: (buckets[i], i))
-#     chunk = {i: place // c for place, i in enumerate(order)}
+#     chunk = {i: place // w for place, i in enumerate(order)}
 #     near = lambda i, j: chunk[i] - chunk[j] in (0, 1) and buckets[i] == buckets[j]
 #     return [[j for j in range(i + 1) if near(i, j)] for i in range(len(buckets))]
 # ```
@@ -1719,7 +1726,7 @@ assert abs(causal_loss - chunked_loss) < 0.02
 # reformer.settings.count_once = True
 # ```
 #
-# With one round nothing can be found twice. With more, the trained model hardly minds: its keys do not lie in tight clusters.
+# With one round nothing can be found twice. With more, the trained model hardly minds; its keys probably do not lie in tight clusters.
 #
 # </details>
 
@@ -1742,8 +1749,8 @@ assert abs(causal_loss - chunked_loss) < 0.02
 # <details><summary>Solution 4</summary>
 #
 # ```python
-# def my_places(buckets, c):
-#     return sum(c * math.ceil(buckets.count(b) / c) for b in set(buckets))
+# def my_places(buckets, w):
+#     return sum(w * math.ceil(buckets.count(b) / w) for b in set(buckets))
 # ```
 #
 # Buckets of about 32 tokens each take a whole chunk of 64: twice the places.

@@ -26,7 +26,7 @@
 # **After this appendix you can**
 # - write down the backward pass of a small recurrent model with attention, line by line;
 # - say which of its products are needed at once and which can be put off and joined;
-# - install a hand-written pass in a model that is refused where it would compute something else.
+# - install a hand-written pass in a model, and refuse models for which it would compute something else.
 #
 # **You need** chapter 3. **Time and memory:** 2 minutes and 2 GiB on two CPU cores.
 
@@ -51,7 +51,7 @@ from matplotlib.colors import ListedColormap
 from torch import nn
 from torch.autograd.function import Function, once_differentiable
 from torch.nn.functional import pad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as every_module
 
 from memtx_minimal import exercises, figures, inputs, measure, training
 from memtx_minimal.feedback_transformer import (
@@ -175,14 +175,14 @@ assert worst < 1e-12
 #
 # In `backwards`, the two lines with `outer` are many small products: step $t$ adds to *all* slots
 # before it. But the error at slot $j$ is needed only when the loop arrives at step $j$. Everything
-# farther back can be put off. Go through the steps in blocks of $C$. Inside a block, slots of the
+# farther back can be put off. Go through the steps in blocks of $S$. Inside a block, slots of the
 # block itself are needed at once (**near**). What the block owes to all slots before it (**far**) can be
 # added at its end, in one product.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-n, C = 16, 4
+n, S = 16, 4
 step, slot = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-kind = torch.where(slot >= step, 0, torch.where(slot // C == step // C, 2, 1)).float()
+kind = torch.where(slot >= step, 0, torch.where(slot // S == step // S, 2, 1)).float()
 figure, axes = plt.subplots(figsize=(6.4, 4.2))
 colors = ListedColormap(["white", figures.BLUE, figures.ORANGE])
 figures.matrix(
@@ -192,7 +192,7 @@ figures.matrix(
     ylabel="step that it comes from",
     cmap=colors,
 )
-for edge in range(0, n + 1, C):
+for edge in range(0, n + 1, S):
     axes.axhline(edge - 0.5, color="black", linewidth=0.7)
 axes.text(2.5, 13.5, "far: one product a block", color="white", ha="center")
 axes.annotate(
@@ -215,8 +215,8 @@ figures.show(
 #
 # What follows is `memtx_minimal/fast_feedback.py`. Read it as an extended version of section A.2, and
 # come back to the pictures where an index looks odd. Letters for shapes, beyond those of chapter 3:
-# `N = B * H`, each head of each text; `K = M + T` slots for keys and values, memory and segment; `A`,
-# the slots that one step sees; `C`, the steps of a block.
+# `BH = B * H`, each head of each text; `K = M + T` slots for keys and values, memory and segment; `A`,
+# the slots that one step sees; `S`, the steps of a block.
 
 # %%
 BLOCK = 16  # steps in a block
@@ -224,7 +224,7 @@ EPS = 1e-5  # of every layer norm
 norm_back = torch.ops.aten.native_layer_norm_backward.default
 
 # %% [markdown]
-# Layer norm and its backward each are one operation inside PyTorch. It computes, with $\hat x$ the
+# Layer norm and its backward each are one operation inside PyTorch. The backward computes, with $\hat x$ the
 # normalised input, $\sigma$ its standard deviation, $\gamma$ the gain and $u = g \odot \gamma$,
 #
 # $$
@@ -293,10 +293,10 @@ class Kept(NamedTuple):
     hidden: torch.Tensor  # (L, T, B, d_ff): inside the feed-forward
     vectors: torch.Tensor  # (T, B, d_model): the memory vectors
     kv: torch.Tensor  # (2, B, H, K, d_head): keys and values
-    attention: list  # T tensors (L, N, 1, A): the weights
+    attention: list  # T tensors (L, BH, 1, A): the weights
 
     def seen(self, t, positions):
-        """What step t attends to: keys with ages, and values, (N, A, d_head) each."""
+        """What step t attends to: keys with ages, and values, (BH, A, d_head) each."""
         end = self.kv.size(3) - len(self.vectors) + t  # M + t slots are there
         A = min(end, len(positions))
         keys, values = self.kv.flatten(1, 2)[:, :, end - A : end].unbind()
@@ -346,7 +346,7 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
                 if n > 0:
                     normed = normalise(x_t, gain_q, shift_q)[0]
                     q.addmm_(normed, W_q, beta=0, alpha=scale)
-                scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (N, 1, A)
+                scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (BH, 1, A)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
                 torch.addmm(x_t, head, W_o, out=middle)
@@ -366,23 +366,24 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
 
 # %% tags=["from-module"]
 class Errors(NamedTuple):
-    """The errors of C steps, named as in Kept; at queries before they are scaled, and
+    """The errors of S steps, named as in Kept; at queries before they are scaled, and
     inside the feed-forward before the ReLU."""
 
-    states: torch.Tensor  # (L + 1, C, B, d_model)
-    middles: torch.Tensor  # (L, C, B, d_model)
-    queries: torch.Tensor  # (L, C, B, d_model)
-    hidden: torch.Tensor  # (L, C, B, d_ff)
+    states: torch.Tensor  # (L + 1, S, B, d_model)
+    middles: torch.Tensor  # (L, S, B, d_model)
+    queries: torch.Tensor  # (L, S, B, d_model)
+    hidden: torch.Tensor  # (L, S, B, d_ff)
 
 # %% tags=["from-module"]
 def by_step(tensor):
-    """(L, C, ...) -> for each step a tuple of its L parts."""
+    """(L, S, ...) -> for each step a tuple of its L parts."""
     return zip(*(layer.unbind() for layer in tensor.unbind()))
 
 # %% [markdown]
 # `step_back` goes from the top layer down, and each line undoes a line of `run`. An error reaches a
-# layer's output from the layer above *and* through the memory vector, in which the layer has the share
-# `alpha[n]`. It stops at the lowest query; what lies below is the text, and no step waits for that.
+# layer's output from the layer above *and* through the memory vector, in which the output of layer `n` has the share
+# `alpha[n + 1]` (`alpha[0]` is the embedding's); so `alpha[n]` goes with the input, which is filled in here.
+# It stops at the lowest query; what lies below is the text, and no step waits for that.
 # `rows[n]` holds, for layer `n`, seven things that the forward pass had inside (the slope of the ReLU, the
 # state in the middle and the state at the input, each with the two numbers of its norm), and then five
 # places to be filled in: the errors at the output (already there), inside the feed-forward, in the middle,
@@ -396,7 +397,7 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     g_vector (B, d_model) at the memory vector, of which the share alpha[n] is the input
     of layer n; rows with what each layer had inside, and with the places of its errors,
     the one at its output filled in. Returns lists over the layers: errors at scores
-    (N, 1, A), at heads (N, 1, d_head).
+    (BH, 1, A), at heads (BH, 1, d_head).
     """
     g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
     for n in reversed(range(len(layers))):
@@ -407,8 +408,8 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
         stats = middle_mean, middle_rstd
         g_normed = normalise_back(g_hidden @ W_1, middle, *stats, gain_1)
         torch.add(g_normed, g, out=g_middle)
-        g_head = (g_middle @ W_o).view(len(keys), 1, -1)  # (N, 1, d_head)
-        g_weights = torch.bmm(g_head, values.mT)  # (N, 1, A)
+        g_head = (g_middle @ W_o).view(len(keys), 1, -1)  # (BH, 1, d_head)
+        g_weights = torch.bmm(g_head, values.mT)  # (BH, 1, A)
         g_score = torch._softmax_backward_data(g_weights, attention[n], -1, g.dtype)
         g_q.view(g_head.shape).baddbmm_(g_score, keys, beta=0, alpha=scale)
         g_scores.append(g_score)
@@ -430,7 +431,7 @@ class Sums(NamedTuple):
     x: torch.Tensor  # (T, B, d_model)
     vectors: torch.Tensor  # (T, B, d_model)
     new: torch.Tensor  # (T, B, 2 * d_model): keys and values, as W_kv makes them
-    slots: torch.Tensor  # (2 * N, K, d_head): by slot; of later blocks' steps alone
+    slots: torch.Tensor  # (2 * BH, K, d_head): by slot, so far from later blocks
     positions: torch.Tensor  # (mem_len, d_head)
     layers: list  # seven, of all layers together: see add_weights
 
@@ -455,25 +456,25 @@ def empty_sums(kept, positions, layers):
 # `left.mT @ right` is all of it, keys and values, near and far, whatever the layer.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-C, L, mem_len = 4, 2, 6
-left = torch.zeros(C * L, mem_len + C)
-for r in range(C):
+S, L, mem_len = 4, 2, 6
+left = torch.zeros(S * L, mem_len + S)
+for r in range(S):
     left[r * L : (r + 1) * L, r : mem_len + r] = r + 1
 figure, axes = plt.subplots(
     1, 2, figsize=(6.4, 3.4), gridspec_kw={"width_ratios": [10, 6]}
 )
-look = dict(cmap="Blues", vmin=0, vmax=C + 2)
+look = dict(cmap="Blues", vmin=0, vmax=S + 2)
 figures.matrix(
     axes[0], left, xlabel="slot", ylabel="step and layer", title="left", **look
 )
 axes[0].axvline(mem_len - 0.5, color=figures.ORANGE)
 axes[0].set_xticks(
-    [mem_len / 2 - 0.5, mem_len + C / 2 - 0.5],
+    [mem_len / 2 - 0.5, mem_len + S / 2 - 0.5],
     labels=["far: before", "near: the block"],
 )
-rows = [f"step {r}, layer {n + 1}" for r in range(C) for n in range(L)]
-axes[0].set_yticks(range(C * L), labels=rows)
-by_age = torch.stack([left[i].roll(-(i // L))[:mem_len] for i in range(C * L)])
+rows = [f"step {r}, layer {n + 1}" for r in range(S) for n in range(L)]
+axes[0].set_yticks(range(S * L), labels=rows)
+by_age = torch.stack([left[i].roll(-(i // L))[:mem_len] for i in range(S * L)])
 figures.matrix(
     axes[1], by_age, xlabel="age (steps)", ylabel="", title="the same by age", **look
 )
@@ -503,12 +504,12 @@ figures.show(
 def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sums):
     """A slice of steps backwards, then the products of what they had with their errors.
 
-    left holds the errors at the scores, and the attention weights: a row for each step
-    and layer, a column for each slot, from mem_len slots before the block on; right the
-    queries, and the errors at the heads. left.mT @ right: errors at keys and values.
+    left holds the errors at the scores, and the attention weights; right the queries,
+    and the errors at the heads; both a row for each step and layer, left a column for
+    each slot from mem_len before the block on. left.mT @ right: errors at keys, values.
     """
     (_, B, H, K, d_head), mem_len, L = kept.kv.shape, len(positions), len(layers)
-    C, first, N = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
+    S, first, BH = steps.stop - steps.start, K - len(kept.vectors) + steps.start, B * H
     states, middles, queries, heads, hidden = (tensor[:, steps] for tensor in kept[:5])
     x_hat, *x_stats = normalise(states[:-1])
     middle_hat, *middle_stats = normalise(middles)
@@ -518,13 +519,13 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
     rows = list(zip(*map(by_step, inside + places)))
 
-    left = positions.new_zeros(2, N, C * L, mem_len + C)
-    right = positions.new_empty(2, N, C * L, d_head)
-    right[0] = queries.reshape(L, C, N, d_head).permute(2, 1, 0, 3).flatten(1, 2)
-    near = sums.slots[:, first : first + C].clone()  # (2 * N, C, d_head)
+    left = positions.new_zeros(2, BH, S * L, mem_len + S)
+    right = positions.new_empty(2, BH, S * L, d_head)
+    right[0] = queries.reshape(L, S, BH, d_head).permute(2, 1, 0, 3).flatten(1, 2)
+    near = sums.slots[:, first : first + S].clone()  # (2 * BH, S, d_head)
     vector_stats = normalise(kept.vectors[steps])[1:]
     *shares, share_of_output = alpha.tolist()
-    for r in reversed(range(C)):
+    for r in reversed(range(S)):
         t, row = steps.start + r, slice(r * L, (r + 1) * L)
         sums.new[t] = near[:, r].reshape(2, B, -1).transpose(0, 1).flatten(1)
         stats = (stat[r] for stat in vector_stats)
@@ -543,32 +544,33 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     (gain_q, _, W_q, *_), stats = layers[0], (stat[0] for stat in x_stats)
     g_normed = normalise_back(g_queries[0] @ W_q, states[0], *stats, gain_q)
     sums.x[steps] = g_normed + g_middles[0] + shares[0] * sums.vectors[steps]
-    add_slots(first, left, right, C, sums)
+    add_slots(first, left, right, S, sums)
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
 # %% [markdown]
-# The second trick is the right-hand picture. The error at the vector of an age is a sum over all steps, of
-# errors at scores that stand in *different* columns, one farther right at each step. `as_strided` reads
+# The second trick is the right-hand picture. The error at the vector of an age is a sum over all steps,
+# of errors at scores times queries, and these errors stand in *different* columns, one farther right at each step. `as_strided` reads
 # the same memory with the step from one block of `L` rows to the next one number longer: `L * width + 1`
-# instead of `L * width`. So the columns become ages, and nothing is copied to get there.
+# instead of `L * width`. So the columns become ages without an index; only the
+# final `reshape` copies.
 
 # %%
 rows, width = left.shape
-strided = left.as_strided((C, L, mem_len), (L * width + 1, width, 1)).reshape(
+strided = left.as_strided((S, L, mem_len), (L * width + 1, width, 1)).reshape(
     -1, mem_len
 )
 assert torch.equal(strided, by_age)
 
 # %% tags=["from-module"]
-def add_slots(first, left, right, C, sums):
+def add_slots(first, left, right, S, sums):
     """A block's share in the errors at keys and values before it, and at positions."""
-    (N, rows, width), mem_len = left.shape[1:], len(sums.positions)
+    (BH, rows, width), mem_len = left.shape[1:], len(sums.positions)
     old = min(first, mem_len)  # slots before the block that it has seen
     far = left[..., mem_len - old : mem_len].flatten(0, 1).mT @ right.flatten(0, 1)
-    sums.slots[:, first - old : first] += far  # (2 * N, old, d_head)
-    L = rows // C  # a step is L rows, and the ages of the next begin a column later
+    sums.slots[:, first - old : first] += far  # (2 * BH, old, d_head)
+    L = rows // S  # a step is L rows, and the ages of the next begin a column later
     strides = rows * width, L * width + 1, width, 1
-    by_age = left[0].as_strided((N, C, L, mem_len), strides).reshape(-1, mem_len)
+    by_age = left[0].as_strided((BH, S, L, mem_len), strides).reshape(-1, mem_len)
     sums.positions.addmm_(by_age.T, right[0].flatten(0, 1))
 
 # %% [markdown]
@@ -580,7 +582,7 @@ def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
     """A block's share in the sums of errors, and of products with them."""
     W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
     errors = errors._replace(states=errors.states[1:])
-    g, g_middle, g_q, g_hidden = (e.flatten(1, 2) for e in errors)  # (L, C * B, ...)
+    g, g_middle, g_q, g_hidden = (e.flatten(1, 2) for e in errors)  # (L, S * B, ...)
     W_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
     W_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
     W_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
@@ -590,7 +592,7 @@ def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
     sum_output += g.sum(dim=1)
 
 # %% [markdown]
-# Three weights stand behind a norm: $y = W(\gamma \odot \hat x + \beta)$. With $g$ the error at $y$ and the
+# Three matrices ($W_q$, $W_1$ and `W_kv`) stand behind a norm: $y = W(\gamma \odot \hat x + \beta)$. With $g$ the error at $y$ and the
 # two sums $G = \sum g\, \hat x^\top$ and $s = \sum g$ over the steps, the gradients are
 #
 # $$
@@ -612,9 +614,9 @@ def behind_norm(G, g, gain, shift, W):
 # %% tags=["from-module"]
 def layer_errors(layer, sums):
     """The errors at a layer's ten weights, from its share of Sums.layers."""
-    W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
-    at_query = behind_norm(W_q, sum_q, *layer[:3])
-    at_hidden = behind_norm(W_1, sum_hidden, *layer[4:7])
+    G_q, sum_q, W_o, G_1, sum_hidden, W_2, sum_output = sums
+    at_query = behind_norm(G_q, sum_q, *layer[:3])
+    at_hidden = behind_norm(G_1, sum_hidden, *layer[4:7])
     return *at_query, W_o, *at_hidden, sum_hidden, W_2, sum_output
 
 # %% [markdown]
@@ -768,7 +770,8 @@ def check_plain(model):
     reason = difference(model)
     if not model.shared_kv:
         reason = "shared_kv=False: each layer has keys and values of its own"
-    if _has_any_global_hook():
+    kinds = "forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks"
+    if any(getattr(every_module, f"_global_{kind}") for kind in kinds):
         reason = "there are hooks on all modules"
     if torch.compiler.is_compiling():
         reason = "torch.compile knows the plain one alone"
@@ -905,8 +908,9 @@ figures.table(
 assert f + b > f_fast + b_fast and k > 3 * k_fast
 
 # %% [markdown]
-# Both directions gain, the forward pass too, though nothing is put off there: the plain loop spends much of
-# its time on the overhead of many small operations, modules and autograd's bookkeeping included. The bytes:
+# Both directions gain. The forward pass gains no less, though nothing is put off there: the plain loop spends
+# much of its time on the overhead of many small operations, modules and autograd's bookkeeping included. What
+# the blocks add to that, exercise 4 shows. The bytes:
 # the plain loop keeps, at each step, all keys and values that the step saw; the fast one keeps each once. What
 # still grows with the square of the length are the attention weights, as in chapter 3.
 #
@@ -1030,8 +1034,8 @@ figures.table(
 )
 
 # %% [markdown]
-# After a thousand tokens, most of what a token costs are the copies. Without them it costs far less; what
-# still grows is attention itself, which has more to read.
+# After a thousand tokens the cache with room saves a large part of the time: the copies, and a little, seen
+# after 10 tokens too, for the unfolded loop. What still grows is attention itself, which has more to read.
 
 # %% [markdown]
 # ## A.8 Exercises
@@ -1043,8 +1047,8 @@ figures.table(
 # 3. *(20 minutes)* Give `forwards` ages: `p` (T, d), the oldest first as in chapter 3, of which step `t` adds
 # `p[T - t :]` to its keys. Write `mine(g_m, x, p, *weights)`, with the error at `p` behind that at `x`, first
 # with a loop, then with `as_strided`. Call `exercises.check_ages_backwards(mine)`.
-# 4. *(15 minutes)* Set `BLOCK` to 1, 4, 16 and 64 (`fast_feedback.BLOCK`, after `from memtx_minimal import
-# fast_feedback`), and run `seconds(models["fast"], 128)`. Why is neither end the best?
+# 4. *(15 minutes)* Set `BLOCK` to 1, 4, 16 and 64 in a cell, and run `seconds(models["fast"], 128)`. What do the
+# blocks add? Why is neither end the best?
 
 # %%
 def my_backwards(g_m, x, W_q, W_k, W_v, W_1, W_2, m, q, k, v, z, h, w):
@@ -1105,9 +1109,10 @@ check_backwards(backwards)  # when the lines are there: check_backwards(my_backw
 # <details><summary>Solution 3</summary>
 #
 # ```python
-# # forwards
+# # forwards, with T = len(x)
 # w[t] = ((k[:t] + p[T - t :]) @ q[t]).softmax(dim=0)
 # # backwards
+# T = len(x)
 # left = x.new_zeros(T, 2 * T)  # before the loop
 # g_q[t] = (k[:t] + p[T - t :]).T @ g_s
 # g_p[T - t :] += torch.outer(g_s, q[t])  # by the loop

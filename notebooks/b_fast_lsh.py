@@ -27,7 +27,7 @@
 # **When you have read it, you can** find out where the time of a tensor program goes, write a backward pass by hand for a softmax that is
 # split into parts, and say what each trick buys.
 #
-# **You need** chapter 4, up to section 4.5. **Time and memory:** less than 2 minutes and 1 GiB on two CPU cores.
+# **You need** chapter 4, up to section 4.5, and section 4.6 for the model that B.6 speeds up. **Time and memory:** less than 2 minutes and 1 GiB on two CPU cores.
 
 # %% tags=["colab-install"]
 import subprocess
@@ -61,20 +61,20 @@ device, SEED = training.best_device(), 0
 print(f"PyTorch {torch.__version__} on {device}")
 
 # %% [markdown]
-# Letters as in chapter 4: `B` texts, `T` tokens, `H` heads, `R` rounds, `c` tokens in a chunk. New here: the vectors of all texts and heads
-# are laid one after the other, as `N = B * H * T` **rows**; they make `G = N / c` chunks, of which `g` are handled at a time.
+# Letters as in chapter 4: `B` texts, `T` tokens, `H` heads, `P` rounds, `w` tokens in a chunk. New here: the vectors of all texts and heads
+# are laid one after the other, as `BHT = B * H * T` **rows**; they make `G = BHT / w` chunks, of which `g` are handled at a time.
 #
 # ## B.1 Where the time goes
 #
 # One layer's attention for a text of 4,096 tokens, two rounds, chunks of 64, four heads of 32.
 
 # %%
-T, c, R = 4096, 64, 2
+T, w, P = 4096, 64, 2
 torch.manual_seed(SEED)
 q, v = torch.randn(2, 1, 4, T, 32, device=device).unbind()  # (B, H, T, d_head)
 q, v = q.requires_grad_(), v.requires_grad_()
-buckets = hash_vectors(q.detach(), 2 * T // c, R, seed=SEED)  # (R, B, H, T)
-settings = Settings(c)
+buckets = hash_vectors(q.detach(), 2 * T // w, P, seed=SEED)  # (P, B, H, T)
+settings = Settings(w)
 
 
 def ms(run, rounds=5):
@@ -87,15 +87,16 @@ def plain():
 
 
 order = buckets.argsort(dim=-1, stable=True)
-chunk = order.argsort(dim=-1) // c
+chunk = order.argsort(dim=-1) // w
 mask = lambda: round_mask(0, q.detach(), buckets.int(), order, chunk, settings)
-cost = {"forward": ms(plain), "of these, the masks": R * ms(mask)}
+cost = {"forward": ms(plain), "of these, the masks": P * ms(mask)}
 cost["forward and backward"] = ms(lambda: plain().sum().backward())
 for name, value in cost.items():
     print(f"{name:21} {value:6.1f} ms")
 
 # %% [markdown]
-# A large part of the forward pass decides who sees whom, and the rest is mostly exponentials. Those are the first two steps.
+# A large part of the forward pass decides who sees whom, and the rest is scores, exponentials and sums. The masks and the exponentials are
+# the first two steps.
 #
 # ## B.2 Codes: one small number instead of two comparisons
 #
@@ -103,6 +104,7 @@ for name, value in cost.items():
 # bucket, plus its chunk. Then $j$ is in $i$'s set, the future aside, exactly if $\text{code}_i - \text{code}_j$ is 0 or 1. Why?
 #
 # - Same bucket, same chunk: the codes are equal. Same bucket, $j$ one chunk earlier: they differ by 1. Two chunks earlier: by 2 or more.
+#   One chunk later: by $-1$ or less, and that is the future anyway.
 # - Another bucket: tokens are sorted by bucket, so a later bucket never lies in an earlier chunk. If $i$'s bucket is the larger one, twice
 #   the bucket grows by at least 2 and the chunk does not fall: the difference is 2 or more. If it is the smaller one, it is $-2$ or less.
 #
@@ -135,28 +137,29 @@ figures.show(
 )
 
 # %% tags=["from-module"]
-def sort_and_code(buckets, c, same_bucket=True):
+def sort_and_code(buckets, w, same_bucket=True):
     """Sorts each head's tokens by bucket, then by position, and gives each one a code.
 
-    (R, B, H, T) -> order (R, N): which row comes n-th; code (R, N): row i finds row j
-    where code_i - code_j is 0 or 1.
+    (P, B, H, T) -> order (P, BHT): which row comes n-th; code (P, BHT): row i finds row
+    j where code_i - code_j is 0 or 1.
     """
-    T, rows = buckets.size(3), buckets.flatten(1, 2).int()  # (R, B * H, T)
+    T, rows = buckets.size(3), buckets.flatten(1, 2).int()  # (P, B * H, T)
     heads = torch.arange(rows.size(1), device=rows.device)[:, None]
-    keys = (rows + heads * (1 + rows.max())).flatten(1)  # (R, N), head by head
+    keys = (rows + heads * (1 + rows.max())).flatten(1)  # (P, BHT), head by head
     order = torch.stack([key.argsort(stable=True) for key in keys])
-    chunk = torch.arange(order.size(1), device=order.device) % T // c  # (N,)
+    chunk = torch.arange(order.size(1), device=order.device) % T // w  # (BHT,)
     chunk = torch.empty_like(order).scatter_(1, order, chunk.expand_as(order))
     return order, chunk + 2 * rows.flatten(1) if same_bucket else chunk
 
 # %% [markdown]
 # Codes are small: of the order of twice the number of buckets. They fit in 16 bits, and so do positions up to 32,767. A comparison of 16-bit
-# numbers moves a quarter of the bytes of one of 64 bits, and the processor handles four times as many at once. Shifting a difference right by
+# numbers moves a quarter of the bytes of one of 64 bits, and the processor handles four times as many at once (the smaller result may
+# also stay in the cache). Shifting a difference right by
 # one bit, in place, gives 0 for 0 and 1, and something else for everything else: one operation for two comparisons.
 
 # %%
-G = 4 * T // c
-wide = [torch.randint(128, (G, *shape)) for shape in 2 * [(c, 1)] + 2 * [(1, 2 * c)]]
+G = 4 * T // w
+wide = [torch.randint(128, (G, *shape)) for shape in 2 * [(w, 1)] + 2 * [(1, 2 * w)]]
 x, y = wide[0], wide[2]
 a, b = x.to(torch.int16), y.to(torch.int16)
 steps = {
@@ -173,7 +176,7 @@ assert one_difference < 1.5 * two_comparisons
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(5.6, 3))
 figures.bars(axes, compared, ylabel="ms", number="{:.2f}")
-axes.set_title(f"Who is in whose set: {G * 2 * c * c:,} pairs")
+axes.set_title(f"Who is in whose set: {G * 2 * w * w:,} pairs")
 figures.show(
     figure,
     "A difference of 16-bit codes takes a small part of the time of two comparisons of "
@@ -188,7 +191,7 @@ figures.show(
 # scores, and `exp2` does not. Try it on yours:
 
 # %%
-scores = torch.randn(G, c, 2 * c, device=device)
+scores = torch.randn(G, w, 2 * w, device=device)
 masked = torch.where(torch.rand_like(scores) < 0.8, -1e9, scores)  # most are hidden
 exponentials = {
     f"{name}, {kind}": ms(lambda f=f, x=x: f(x), 9)
@@ -208,8 +211,9 @@ figures.show(
 )
 
 # %% [markdown]
-# The numbers are $-10^9$ and not minus infinity because a difference of infinities is not a number, and differences are what the next
-# function takes. There is one of them only where a query has seen nothing at all.
+# The numbers are $-10^9$ and not minus infinity because $-\infty - (-\infty)$ is not a number, and `attend`, below, subtracts from each score
+# the largest of its row. Every query sees at least itself, so such a row does not come up; a finite number rules it out. Twice as low, at
+# `2 * NEVER`, begins the search for the largest score of all rounds.
 
 # %%
 NEVER = -1e9  # in place of -inf: a finite number has a difference to every other
@@ -219,49 +223,53 @@ PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cac
 # %% [markdown]
 # Now the rows. `order` says which row comes n-th; its inverse says where each row comes. `windows` joins each chunk to the one before, as a
 # view: nothing is copied twice. Rows of all heads lie in one line, so the first chunk of a head finds the last one of *another* head before
-# it. That must never be seen.
+# it (the very first finds itself). That must never be seen.
 
 # %% tags=["from-module"]
 def inverse(order):
-    """Where each row comes, given which row comes n-th: (N,) -> (N,)."""
+    """Where each row comes, given which row comes n-th: (BHT,) -> (BHT,)."""
     places = torch.arange(len(order), device=order.device)
     return torch.empty_like(order).scatter_(0, order, places)
 
 # %% tags=["from-module"]
-def chunks(x, order, c):
-    """Sorted rows, chunk by chunk: (N, d) -> (G, c, d)."""
-    return x.index_select(0, order).unflatten(0, (-1, c))
+def chunks(x, order, w):
+    """Sorted rows, chunk by chunk: (BHT, d) -> (G, w, d)."""
+    return x.index_select(0, order).unflatten(0, (-1, w))
 
 # %% tags=["from-module"]
-def windows(x, order, c):
-    """The same, each with the chunk before it: (N, d) -> (G, d, 2c), a view."""
-    return x.index_select(0, torch.cat([order[:c], order])).unfold(0, 2 * c, c)
+def windows(x, order, w):
+    """The same, each with the chunk before it: (BHT, d) -> (G, d, 2w), a view."""
+    return x.index_select(0, torch.cat([order[:w], order])).unfold(0, 2 * w, w)
 
 # %%
 rows = torch.arange(8)[:, None]  # 8 rows that are sorted already, d = 1
-print(windows(rows, torch.arange(8), c=2).squeeze(1).tolist())
+print(windows(rows, torch.arange(8), w=2).squeeze(1).tolist())
 
 # %% [markdown]
 # The scores of a round, a few chunks at a time, so that they stay in the processor's cache. The labels of a row are its codes in all rounds
 # and, as the last one, its position. Before a head's first chunk the position is set to `T`, the future of all. $-\log N_{i,j}$ is not added
-# to the score: the exponential is divided by $N_{i,j}$ later, which is the same and needs no logarithm.
+# to the score: the exponential is divided by $N_{i,j}$ later, which is the same and needs no logarithm. (Yourself
+# is divided too, which eq. 16 does not do; it matters only to a token that sees nothing but itself, where it cancels.)
+#
+# `how`, here and below, are the chunk, the length and whether keys count once: `w`, `T` and `count_once`.
 
 # %% tags=["from-module"]
-def masked_scores(q, k, order, labels, r, c, T, count_once):
+def masked_scores(q, k, order, labels, r, w, T, count_once):
     """Round r by eq. 16, some chunks at a time: their slice, q, k, scores and N_ij.
 
-    labels (N, R + 1): the codes of all rounds, and the positions. q (g, c, d), k (g, d,
-    2c); scores (g, c, 2c), in base 2 and without -log N_ij: divide their exponentials.
+    labels (BHT, P + 1): the codes of all rounds, and the positions. q (g, w, d), k (g,
+    d, 2w); scores (g, w, 2w), in base 2 and without -log N_ij: divide their
+    exponentials.
     """
-    q, k = chunks(q, order[r], c), windows(k, order[r], c)
-    a = chunks(labels, order[r], c)  # (G, c, R + 1)
-    b = windows(labels, order[r], c).contiguous()  # (G, R + 1, 2c)
-    b[:: T // c, -1, :c] = T  # before a head's first chunk lies nothing: call it future
-    self_mask = F.pad(SELF * torch.eye(c).to(q), (c, 0))  # (c, 2c)
+    q, k = chunks(q, order[r], w), windows(k, order[r], w)
+    a = chunks(labels, order[r], w)  # (G, w, P + 1)
+    b = windows(labels, order[r], w).contiguous()  # (G, P + 1, 2w)
+    b[:: T // w, -1, :w] = T  # before a head's first chunk lies nothing: call it future
+    self_mask = F.pad(SELF * torch.eye(w).to(q), (w, 0))  # (w, 2w)
     others = [o for o in range(len(order)) if o != r and count_once]
-    for start in range(0, len(q), max(1, PAIRS // (2 * c * c))):
-        s = slice(start, start + max(1, PAIRS // (2 * c * c)))
-        difference = lambda n: a[s, :, n, None] - b[s, n, None]  # (g, c, 2c)
+    for start in range(0, len(q), max(1, PAIRS // (2 * w * w))):
+        s = slice(start, start + max(1, PAIRS // (2 * w * w)))
+        difference = lambda n: a[s, :, n, None] - b[s, n, None]  # (g, w, 2w)
         scores = torch.baddbmm(self_mask, q[s], k[s], beta=LOG2E, alpha=LOG2E)
         outside = difference(r).bitwise_right_shift_(1)  # 0 if the difference is 0 or 1
         outside |= difference(-1).lt_(0)  # in the future
@@ -273,60 +281,62 @@ def masked_scores(q, k, order, labels, r, c, T, count_once):
 # ## B.4 Forward: sums that can be added up
 #
 # A round returns what is needed to add rounds up: for each row its largest score, the sum of its weights and the weighted sum of values. The
-# weights are *not* normalised: with $m$ for the largest score, $p_{ij} = 2^{s_{ij} - m_i} / N_{i,j}$.
+# weights are *not* normalised: $p_{ij} = 2^{\,s_{ij} \log_2 e \,-\, \text{top}_i} / N_{i,j}$, with $\text{top}_i$ the largest score in base 2.
 
 # %% tags=["from-module"]
 def attend(q, k, v, order, labels, r, *how):
-    """Round r: each row's top score (N, 1), sum of weights (N, 1), weighted sum (N, d).
+    """Round r: each row's top score and sum of weights, (BHT, 1) each, and weighted
+    sum (BHT, d).
 
     A weight is 2 ** (score - top) / N_ij: they do not sum to 1.
     """
-    v, parts = windows(v, order[r], how[0]).mT, []  # (G, 2c, d)
+    v, parts = windows(v, order[r], how[0]).mT, []  # (G, 2w, d)
     for s, _, _, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
-        top = scores.amax(dim=-1, keepdim=True)  # (g, c, 1)
-        p = scores.sub_(top).exp2_().div_(N_ij)  # (g, c, 2c)
+        top = scores.amax(dim=-1, keepdim=True)  # (g, w, 1)
+        p = scores.sub_(top).exp2_().div_(N_ij)  # (g, w, 2w)
         parts.append((top, p.sum(dim=-1, keepdim=True), p @ v[s]))
     place = inverse(order[r])
-    parts = (torch.cat(part).flatten(0, 1) for part in zip(*parts))  # (N, ...), sorted
+    parts = (torch.cat(part).flatten(0, 1) for part in zip(*parts))  # (BHT, ...)
     return [part.index_select(0, place) for part in parts]
 
 # %% [markdown]
 # ## B.5 Backward: compute it again
 #
-# What is the gradient? With $P_{ij}$ for the final, normalised weights over all rounds, $o_i = \sum_j P_{ij} v_j$ and $do_i$ for the gradient
+# What is the gradient? With $\bar p_{ij}$ for the final, normalised weights over all rounds, $o_i = \sum_j \bar p_{ij} v_j$ and $do_i$ for the gradient
 # that comes in, any softmax attention has
 #
 # $$
-# dv_j = \sum_i P_{ij}\, do_i , \qquad
-# ds_{ij} = P_{ij} \left( do_i \cdot v_j - do_i \cdot o_i \right) , \qquad
+# dv_j = \sum_i \bar p_{ij}\, do_i , \qquad
+# ds_{ij} = \bar p_{ij} \left( do_i \cdot v_j - do_i \cdot o_i \right) , \qquad
 # dq_i = \sum_j ds_{ij}\, k_j , \qquad dk_j = \sum_i ds_{ij}\, q_i .
 # $$
 #
-# Everything follows from $P$, and $P$ follows from $q$, $k$, the largest score of each row and the sum of its weights: two numbers a row. So
-# no scores need to be kept. `total`, the sum of weights, is divided into `d_out` once, so that the unnormalised $p$ will do for $P$. ($\log_2
+# Everything follows from $\bar p$, and $\bar p$ follows from $q$, $k$, the largest score of each row and the sum of its weights. So no scores
+# need to be kept: two numbers a row, and the output $o_i$. `total`, the sum of weights, is divided into `d_out` once, so that the unnormalised
+# $p$ will do for $\bar p$; `shift` is $do_i \cdot o_i$ for this divided `d_out`, one number a row. ($\log_2
 # e$ does not appear: $s$ is the score in base $e$, and only its exponential was computed in base 2.)
 
 # %% tags=["from-module"]
 def attend_backward(d_out, shift, top, q, k, v, order, labels, r, *how):
-    """What round r adds to the gradients of q, k and v, each (N, d)."""
-    c, v, parts = how[0], windows(v, order[r], how[0]), []
-    d_out, shift, top = (chunks(x, order[r], c) for x in (d_out, shift, top))
+    """What round r adds to the gradients of q, k and v, each (BHT, d)."""
+    w, v, parts = how[0], windows(v, order[r], how[0]), []
+    d_out, shift, top = (chunks(x, order[r], w) for x in (d_out, shift, top))
     for s, q_, k_, scores, N_ij in masked_scores(q, k, order, labels, r, *how):
-        p = scores.sub_(top[s]).exp2_().div_(N_ij)  # (g, c, 2c)
+        p = scores.sub_(top[s]).exp2_().div_(N_ij)  # (g, w, 2w)
         d_scores = (d_out[s] @ v[s]).sub_(shift[s]).mul_(p)  # of scores in base e
         parts.append((d_scores @ k_.mT, d_scores.mT @ q_, p.mT @ d_out[s]))
-    dq, dk, dv = map(torch.cat, zip(*parts))  # (G, c, d), (G, 2c, d), (G, 2c, d)
+    dq, dk, dv = map(torch.cat, zip(*parts))  # (G, w, d), (G, 2w, d), (G, 2w, d)
     for d in (dk, dv):
-        d[:-1, c:] += d[1:, :c]  # the next chunk looks back; 0 from another head's
+        d[:-1, w:] += d[1:, :w]  # the next chunk looks back; 0 from another head's
     place = inverse(order[r])
-    return [d[:, -c:].flatten(0, 1).index_select(0, place) for d in (dq, dk, dv)]
+    return [d[:, -w:].flatten(0, 1).index_select(0, place) for d in (dq, dk, dv)]
 
 # %% [markdown]
-# A window's keys belong to two chunks: the gradient of its first half belongs to the chunk before, and `d[:-1, c:] += d[1:, :c]` puts it
+# A window's keys belong to two chunks: the gradient of its first half belongs to the chunk before, and `d[:-1, w:] += d[1:, :w]` puts it
 # there. At the edge of two heads that adds what the first chunk of one head gave to the last of another: zero, because nothing was seen
 # there.
 #
-# `how`, in all these functions, are the chunk, the length and whether keys count once. Autocast is kept out, so that both passes get the same
+# Autocast is kept out, so that both passes get the same
 # scores.
 
 # %% tags=["from-module"]
@@ -345,7 +355,7 @@ def full_precision(method):
 
 # %% tags=["from-module"]
 class HashedAttention(torch.autograd.Function):
-    """Softmax over the keys that rounds find: q, k, v (N, d) -> (N, d). Eq. 13 to 16.
+    """Softmax over the keys that rounds find: q, k, v (BHT, d) -> like q. Eq. 13 to 16.
 
     Keeps no scores: the backward pass computes them again. Rounds are added up: with
     sums of weights total_r and weighted sums out_r, o = sum_r out_r / sum_r total_r.
@@ -371,7 +381,7 @@ class HashedAttention(torch.autograd.Function):
     def backward(ctx, d_out):
         q, k, v, order, labels, top, total, out = ctx.saved_tensors
         d_out = d_out / total
-        shift = (d_out * out).sum(dim=-1, keepdim=True)  # (N, 1)
+        shift = (d_out * out).sum(dim=-1, keepdim=True)  # (BHT, 1)
         known, grads = (d_out, shift, top), [torch.zeros_like(x) for x in (q, k, v)]
         for r in range(len(order)):
             more = attend_backward(*known, q, k, v, order, labels, r, *ctx.how)
@@ -383,18 +393,18 @@ class HashedAttention(torch.autograd.Function):
 def fast_attention(q, k, v, buckets, settings):
     """The same as reformer.lsh_attention: q, k, v (B, H, T, d_head) -> as v."""
     inputs.check_attention(q, k, v, buckets)
-    T, c = q.size(2), settings.chunk_len
-    pad = -T % c
+    T, w = q.size(2), settings.chunk_len
+    pad = -T % w
     buckets = F.pad(buckets.int(), (0, pad), value=int(buckets.max()) + 1)
-    order, code = sort_and_code(buckets, c, settings.same_bucket)
-    position = torch.arange(code.size(1), device=q.device) % (T + pad)  # (N,)
-    labels = torch.cat([code, position[None]]).T  # (N, R + 1)
+    order, code = sort_and_code(buckets, w, settings.same_bucket)
+    position = torch.arange(code.size(1), device=q.device) % (T + pad)  # (BHT,)
+    labels = torch.cat([code, position[None]]).T  # (BHT, P + 1)
     small = torch.int16 if labels.max() + 1 < 2**15 else torch.int32
     labels = labels.to(small).contiguous()
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = [F.pad(x.to(wide), (0, 0, 0, pad)).flatten(0, 2) for x in (q, k, v)]
-    how = c, T + pad, settings.count_once
-    out = HashedAttention.apply(*rows, order, labels, *how)  # (N, d_head)
+    how = w, T + pad, settings.count_once
+    out = HashedAttention.apply(*rows, order, labels, *how)  # (BHT, d_head)
     return out.view(*v.shape[:2], T + pad, -1)[:, :, :T].to(v.dtype)
 
 # %%
@@ -411,7 +421,7 @@ for name, run in [("plain", plain), ("fast", fast)]:
     kept[name] = measure.bytes_for_backward(Holder(), run) / 2**20
     spent[name] = forward, both = ms(run), ms(lambda: run().sum().backward())
     print(f"{name:5} forward {forward:6.1f} ms, with backward {both:6.1f} ms,", end=" ")
-    print(f"keeps {kept[name]:6.1f} MiB")
+    print(f"backward alone {both - forward:6.1f} ms, keeps {kept[name]:6.1f} MiB")
 assert spent["fast"][1] < 1.5 * spent["plain"][1] and kept["fast"] < 0.3 * kept["plain"]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -426,8 +436,8 @@ figures.show(
 )
 
 # %% [markdown]
-# The backward pass computes all scores once more and is still faster: to compute a few chunks of scores in the cache takes less time than to
-# fetch them from memory.
+# The backward pass computes all scores once more and is still faster, probably because computing a few chunks of scores in the cache takes less
+# time than fetching them from memory.
 #
 # ## B.6 The same numbers
 #
@@ -495,7 +505,7 @@ except ValueError as error:
 # 1. *(10 minutes)* Why must codes be *twice* the bucket plus the chunk? Find `wrong_pair()`: two pairs (bucket, chunk), query first, that a
 #    sorted row can hold and that `bucket + chunk` would take for one set although the buckets differ. Check it with
 #    `exercises.check_pair(wrong_pair())`.
-# 2. *(15 minutes)* Write `add_rounds(tops, totals, outs)`, lists with one tensor (N, 1), (N, 1), (N, d) a round, that gives $o$, without a
+# 2. *(15 minutes)* Write `add_rounds(tops, totals, outs)`, lists with one tensor (BHT, 1), (BHT, 1), (BHT, d) a round, that gives $o$, without a
 #    loop over rounds. Check it with `exercises.check_rounds(add_rounds)`.
 # 3. *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does
 #    the size of its cache say? (No check: it depends on the machine.)
@@ -523,7 +533,7 @@ except ValueError as error:
 # </details>
 # <details><summary>Solution 3</summary>
 #
-# `attend` looks `PAIRS` up each time, so assigning another number in a cell is enough. Small numbers mean many short operations; large ones,
+# `masked_scores` looks `PAIRS` up each time, so assigning another number in a cell is enough. Small numbers mean many short operations; large ones,
 # scores that leave the cache and come back from memory.
 #
 # </details>

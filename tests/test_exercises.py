@@ -13,11 +13,11 @@ def model():
     return FeedbackTransformer(10, 16, 2, 2, 32, mem_len=6).double()
 
 
-def blocks(model, x, kv, C):
+def blocks(model, x, kv, S):
     outputs, vectors = [], []
-    for x_c in x.split(C, dim=1):
-        n = x_c.size(1)
-        together = x_c.flatten(0, 1), kv.repeat_interleave(n, dim=0)
+    for part in x.split(S, dim=1):
+        n = part.size(1)
+        together = part.flatten(0, 1), kv.repeat_interleave(n, dim=0)
         output, vector = (y.unflatten(0, (-1, n)) for y in step(model, *together))
         kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
         kv = kv[:, -model.mem_len :]
@@ -53,25 +53,25 @@ def test_patience():
         exercises.check_patience([0.29] * 32)
 
 
-def mixed_up(model, x, kv, C):
+def mixed_up(model, x, kv, S):
     """The texts of a batch share their memories."""
-    return blocks(model, x, kv.roll(1, dims=0), C)
+    return blocks(model, x, kv.roll(1, dims=0), S)
 
 
-def backwards_in_a_block(model, x, kv, C):
-    turned = torch.cat([x_c.flip(1) for x_c in x.split(C, dim=1)], dim=1)
-    *both, kv = blocks(model, turned, kv, C)
-    back = [torch.cat([y.flip(1) for y in all.split(C, dim=1)], dim=1) for all in both]
+def backwards_in_a_block(model, x, kv, S):
+    turned = torch.cat([part.flip(1) for part in x.split(S, dim=1)], dim=1)
+    *both, kv = blocks(model, turned, kv, S)
+    back = [torch.cat([y.flip(1) for y in all.split(S, dim=1)], dim=1) for all in both]
     return *back, kv
 
 
 def test_blocks(model):
     exercises.check_blocks(blocks, model)
     for wrong, why in [
-        (lambda model, x, kv, C: blocks(model, x, kv, 1), r"C = 4: outputs are wrong at"),
-        (lambda *a: tuple(2 * y for y in blocks(*a)), "C = 1: outputs are wrong at"),
+        (lambda model, x, kv, S: blocks(model, x, kv, 1), r"S = 4: outputs are wrong at"),
+        (lambda *a: tuple(2 * y for y in blocks(*a)), "S = 1: outputs are wrong at"),
         (mixed_up, "own text's memory"),
-        (backwards_in_a_block, "C = 4: outputs are wrong"),
+        (backwards_in_a_block, "S = 4: outputs are wrong"),
     ]:
         with pytest.raises(AssertionError, match=why):
             exercises.check_blocks(wrong, model)

@@ -625,8 +625,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one():
         assert torch.equal(mine, right)
 
 
-# torch 2.4's own checkpoint calls its older name
-@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning")
 def test_a_gradient_checkpoint_around_the_model_changes_nothing():
     """Fault 2: what is computed once more hashes as it did."""
     from torch.utils.checkpoint import checkpoint

@@ -52,6 +52,14 @@ def launched(command, log):
     assert process.returncode == 0, log.read_text("utf-8", "replace")
 
 
+@pytest.fixture(autouse=True)
+def default_dtype():
+    """two_ranks.train changes it."""
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Where one process wrote, and where two did."""
@@ -65,9 +73,9 @@ def folders(tmp_path_factory):
             for run in two_ranks.RUNS:
                 two_ranks.train(run, one / run)
             two_ranks.train("transformer_xl", one / "stopped", stop_after=9)
-        yield one, two
     finally:
         torch.set_default_dtype(dtype)
+    return one, two
 
 
 def tensors(path):
