@@ -888,14 +888,16 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # | `G` | chunks (chapter 4) | `w` | tokens in a chunk (chapter 4) |
 # | `P` | hash rounds (chapter 4) | `S` | steps of a block (appendix A) |
 # | `A` | slots that a step sees (appendix A) | | |
-#
+
+# %% [markdown]
 # ## 0.9 What became of it
 #
 # The model of this chapter differs from a large language model of today in size, and in few
 # other things. Rotary embeddings have taken the place of added sinusoids; RMSNorm, a norm without mean
 # and shift, that of the layer norm; gated feed-forwards that of the ReLU. Several heads often share keys and
 # values, to make the cache smaller. Causal attention, residuals, pre-norm and the cache have stayed.
-#
+
+# %% [markdown]
 # ## 0.10 Exercises
 #
 # Each has a check that says `right`, or what it expected and what came. The solutions are below.
@@ -948,7 +950,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # With 32 heads a text of 100,000 tokens takes 52 GB, so one fits; with 8 it takes 13 GB, and six fit.
 #
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Solution 3</summary>
 #
 # With $\sin(a + b) = \sin a \cos b + \cos a \sin b$ and $\cos(a + b) = \cos a \cos b - \sin a \sin b$:
@@ -982,7 +985,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # 1). The second is none: it is how a memory of states reaches further than its length.
 #
 # </details>
-#
+
+# %% [markdown]
 # <details><summary>Solution 5</summary>
 #
 # ```python
@@ -997,7 +1001,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # one: it is 64 times as slow.
 #
 # </details>
-#
+
+# %% [markdown]
 # ## References
 #
 # - A. Vaswani et al.: [Attention Is All You Need](https://arxiv.org/abs/1706.03762). NeurIPS 2017.

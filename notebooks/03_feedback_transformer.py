@@ -84,8 +84,8 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | --- | --- | --- | --- |
 # | `B` | batch: texts side by side | `H` | attention heads |
 # | `T` | tokens in the segment | `d_model` | width of a hidden state |
-# | `M` | vectors in memory | `d_head` | width of a head, `d_model / H` |
-# | `L` | layers | `mem_len` | the most vectors that memory holds |
+# | `M` | states in memory: one vector a step | `d_head` | width of a head, `d_model / H` |
+# | `L` | layers | `mem_len` | the most states that memory holds |
 #
 # And one picture of the idea: who may look at whom, at *one* step. (*Vanilla* is the plain transformer of
 # chapter 0: it sees only its own segment, the window.) Positions run across, layers

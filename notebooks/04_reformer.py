@@ -72,7 +72,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | letter | meaning | letter | meaning |
 # | --- | --- | --- | --- |
 # | `B` | batch: texts side by side | `d_head` | width of a head, `d_model / H` |
-# | `T` | tokens in the window | `P` | hash rounds (passes) |
+# | `T` | tokens in the segment: the whole window | `P` | hash rounds (passes) |
 # | `H` | attention heads | `b` | buckets of one hash |
 # | `d_model` | width of a hidden state | `w` | tokens in a chunk |
 # | `L` | layers | `G` | chunks, `T / w` |

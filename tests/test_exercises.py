@@ -1,10 +1,104 @@
 """The checks of the exercises pass what is right, and say what is wrong with the rest."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from memtx_minimal import exercises
 from memtx_minimal.feedback_transformer import FeedbackTransformer, step
+from memtx_minimal.vanilla_transformer import VanillaTransformer
+
+
+def attention(q, k, v, last=1, scale=True):
+    rows = []
+    for t in range(len(q)):
+        scores = k[: t + last] @ q[t] / (q.size(1) ** 0.5 if scale else 1)
+        rows.append(scores.softmax(dim=0) @ v[: t + last])
+    return torch.stack(rows)
+
+
+def test_attention():
+    exercises.check_attention(attention)
+    with pytest.raises(AssertionError, match=r"T = 2, d = 4: queries \[0\] are wrong"):
+        exercises.check_attention(partial(attention, last=2))  # one look ahead
+    with pytest.raises(AssertionError, match=r"T = 2, d = 4: queries \[1\] are wrong"):
+        exercises.check_attention(partial(attention, scale=False))
+    with pytest.raises(AssertionError, match=r"the shape is \(1, 4, 1\), not \(1, 4\)"):
+        exercises.check_attention(lambda *qkv: attention(*qkv)[..., None])
+
+
+def test_cache():
+    exercises.check_cache(lambda T, B, n: 2 * 32 * B * T * n * (4096 // 32) * 2)
+    with pytest.raises(AssertionError, match=r"\(1, 1, 1\): 8192, not 16384"):
+        exercises.check_cache(lambda T, B, n: 32 * B * T * n * (4096 // 32) * 2)
+
+
+def turn(k, d_model, sign=1):
+    half = d_model // 2
+    angle = k / 10_000 ** (torch.arange(half) / half)
+    sin, cos = sign * angle.sin().diag(), angle.cos().diag()
+    return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
+
+
+def test_turn():
+    exercises.check_turn(turn)
+    with pytest.raises(AssertionError, match=r"k = 1, d_model = 2: dimensions \[0, 1\]"):
+        exercises.check_turn(partial(turn, sign=-1))
+    with pytest.raises(AssertionError, match=r"the shape is \(1, 1\), not \(2, 2\)"):
+        exercises.check_turn(lambda k, d_model: torch.eye(d_model // 2))
+
+
+@pytest.fixture
+def vanilla():
+    torch.manual_seed(0)
+    return VanillaTransformer(10, 16, 2, 2, 32, max_len=64).eval()
+
+
+@torch.no_grad()
+def slid(model, tokens, drop=True):
+    """The last of 65 tokens, from keys and values of those before, less the oldest."""
+    x, y = (
+        model.embedding(part) + exercises.sinusoid(places, 16)
+        for part, places in ((tokens[:, :64], torch.arange(64)), (tokens[:, 64:], torch.tensor([63])))
+    )
+    for layer in model.layers:
+        _, k, v = parts(layer, x)
+        q, new_k, new_v = parts(layer, y)
+        k, v = (torch.cat([old[:, :, drop:], new], dim=2) for old, new in ((k, new_k), (v, new_v)))
+        y = y + layer.attention.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y, x = y + layer.feed_forward(layer.norm_feed_forward(y)), layer(x)
+    return model.head(model.norm(y))[:, -1]
+
+
+def parts(layer, x):
+    qkv = layer.attention.query_key_value(layer.norm_attention(x))
+    return qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+
+
+def test_slide(vanilla, capsys):
+    exercises.check_slide(partial(slid, vanilla), vanilla)
+    assert "from those of the last 64 read anew" in capsys.readouterr().out
+    for wrong in (partial(slid, vanilla, drop=False), lambda tokens: vanilla(tokens[:, 1:])[0][:, -1]):
+        with pytest.raises(AssertionError, match="the logits are wrong by"):
+            exercises.check_slide(wrong, vanilla)
+
+
+@torch.no_grad()
+def sliding(model, stream, n, first=0):
+    windows = stream[first : first + n + 63].unfold(0, 64, 1)
+    return F.cross_entropy(model(windows)[0][:, -1], stream[64 + first : 64 + first + n]).item()
+
+
+def test_sliding(vanilla):
+    stream = torch.randint(10, (200,), generator=torch.Generator().manual_seed(0))
+    exercises.check_sliding(sliding, vanilla, stream)
+    with pytest.raises(AssertionError, match="n = 1: "):
+        exercises.check_sliding(partial(sliding, first=1), vanilla, stream)
+    with pytest.raises(AssertionError, match="n = 1: nan"):
+        exercises.check_sliding(lambda *_: math.nan, vanilla, stream)
 
 
 @pytest.fixture

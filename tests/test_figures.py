@@ -137,3 +137,15 @@ def test_feedback_unrolled_leads_from_every_earlier_square_to_every_layer(axes):
     figures.unrolled_feedback(axes, 3, now=4)
     lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]
     assert sorted(lines) == sorted([[j, 4], [4, n]] for j in range(4) for n in (1, 2, 3))
+
+
+def test_the_four_answers_show_who_reads_what():
+    figure = figures.four_answers()
+    vanilla, xl, compressive, feedback, reformer = figure.axes
+    n_lines = [len(axes.lines) for axes in figure.axes]
+    assert n_lines[0] == 2 * (1 + 2 + 3 + 4)  # two layers, four queries
+    assert n_lines[1] == n_lines[0] + 2 * 4 * 4 and n_lines[2] == n_lines[1] + 2 * 4 * 2
+    assert len(feedback.lines) == 12 + 11 * 2
+    assert len(reformer.lines) < 2 * 12 * 13 / 2  # far from all pairs
+    assert [axes.get_title()[0] for axes in figure.axes] == list("01234")
+    plt.close(figure)

@@ -1,5 +1,6 @@
 """The committed notebooks are what a run from top to bottom leaves behind, on any machine."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -91,3 +92,14 @@ def test_the_pair_as_jupytext_writes_it(path):
         check=True,
     )
     assert done.stdout == sync.read(path.with_suffix(".py"))
+
+
+def test_chapter_0_shows_the_training_loop_as_it_is():
+    """All but its docstring: the cell would be longer than a screen with it."""
+    nb = nbformat.read(ROOT / "notebooks" / "00_attention.ipynb", as_version=4)
+    ((_, cell),) = sync.tagged(nb, "as-in-training")
+    source = sync.definitions(ROOT / "memtx_minimal" / "training.py")["train"]
+    (shown,), (right,) = ast.parse(cell.source).body, ast.parse(source).body
+    assert ast.get_docstring(right, clean=False)
+    del right.body[0]
+    assert ast.dump(shown) == ast.dump(right)
