@@ -88,7 +88,6 @@ COLOURS += ["#56B4E9", "#E69F00"]
 buckets = [4, 4, 3, 4, 3, 0, 1, 4, 4, 3, 4, 0]  # section 4.2 computes them
 text, by_bucket = range(12), sorted(range(12), key=lambda i: (buckets[i], i))
 coloured = [COLOURS[n] for n in buckets]
-SHADES = "#F5C767", figures.COLOUR["Reformer"], "#8A5F00", figures.COLOUR["vanilla"]
 rows = [
     ("the text", text, ["#999999"] * 12, None),
     ("1. hash: a colour for each token", text, coloured, None),
@@ -1359,6 +1358,7 @@ assert times["fused"][-1] > 2 * times["fused"][0]
 assert times["1 round"][-1] < 5 * times["1 round"][0]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
+SHADES = "#F5C767", figures.COLOUR["Reformer"], "#8A5F00", figures.COLOUR["vanilla"]
 figure, axes = plt.subplots()
 for (label, ts), marker, colour in zip(times.items(), "os^D", SHADES):
     axes.plot(lengths, [1e3 * t for t in ts], marker=marker, color=colour, label=label)
