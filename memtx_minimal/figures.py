@@ -15,6 +15,10 @@ from PIL import Image as Picture
 STYLE = Path(__file__).with_name("memtx.mplstyle")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#d0d0d0"
 DARK_GREY = "#8a8a8a"
+COLOUR = {  # of each model, in the whole book
+    "vanilla": BLUE, "Transformer-XL": ORANGE, "Compressive": GREEN, "Feedback": PINK,
+    "Reformer": "#E69F00",
+}  # fmt: skip
 
 
 def use_style():

@@ -70,10 +70,10 @@ started = time.perf_counter()
 device = training.best_device()
 figures.use_style()
 LOOK = {  # of each model, in all figures
-    "Feedback": dict(marker="o", color=figures.BLUE),
-    "Transformer-XL": dict(marker="s", color=figures.ORANGE),
-    "Elman network": dict(marker="x", color=figures.GREEN),
-    "vanilla": dict(marker="D", color="black"),
+    "Feedback": dict(marker="o", color=figures.COLOUR["Feedback"]),
+    "Transformer-XL": dict(marker="s", color=figures.COLOUR["Transformer-XL"]),
+    "Elman network": dict(marker="x", color="black"),
+    "vanilla": dict(marker="D", color=figures.COLOUR["vanilla"]),
 }
 print(f"PyTorch {torch.__version__} on {device}")
 
@@ -1012,7 +1012,7 @@ impatient_band = bands.load("03_impatient_scores", text=None)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-looks = dict(marker="o", color=figures.BLUE), dict(marker="v", color=figures.ORANGE)
+looks = LOOK["Feedback"], dict(marker="v", color="black")
 both = {"short games first": by_swap["Feedback, 1 layer"]} | impatient
 seeds = [tracker_band.values["Feedback, 1 layer"], *impatient_band.values.values()]
 for (name, shares), some, look in zip(both.items(), seeds, looks):

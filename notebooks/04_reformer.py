@@ -750,17 +750,10 @@ for T in (16, 50):
     change, h = attention(x[:, :T])
     hashed = "exact" if h is None else f"buckets {tuple(h.shape)}"
     print(f"T = {T}: change {tuple(change.shape)}, {hashed}")
-short, long = (attention(x[:, :T])[1][..., :48].int() for T in (48, 49))
-a, b = [h[..., None] == h[..., None, :] for h in (short, long)]
-print(f"one more token: {(short == long).float().mean():.0%} of bucket numbers stay,")
-a, b = a.tril(-1), b.tril(-1)  # without yourself
-print(f"and {(a & b).sum() / a.sum():.0%} of the pairs that share a bucket")
 
 # %% [markdown]
-# Mind the last line. The number of buckets follows the length, $b = 2T/w$, so a text that grows past a multiple of the chunk gets two buckets
-# more. With at most 32 buckets that is one new direction and its opposite, while the others stay (their numbers move, which means nothing):
-# most pairs stay together, not all. With more buckets both small hashes may change. So in evaluation, too, what a token looks at depends on
-# how long the text is.
+# The number of buckets follows the length, $b = 2T/w$, so a text that grows past a multiple of the chunk gets two buckets more, and some pairs
+# part. In evaluation, too, what a token looks at depends on how long the text is.
 
 # %% [markdown]
 # ## 4.6 Layers that run backwards
@@ -1061,10 +1054,6 @@ for kind in KINDS:
 reformer = models["2 rounds"]
 text_band = bands.load("04_text_losses", corpus.name)
 text_band.check(live, margin=0.05)
-
-# %%
-text = training.generate(reformer, corpus.valid[:64], 200, temperature=0.8, seed=SEED)
-print(corpus.vocab.decode(text[64:]))
 
 # %% [markdown]
 # ## 4.8 The claims, one by one
@@ -1369,8 +1358,9 @@ assert times["fused"][-1] > 2 * times["fused"][0]
 assert times["1 round"][-1] < 5 * times["1 round"][0]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
+SHADES = "#F5C767", figures.COLOUR["Reformer"], "#8A5F00", figures.COLOUR["vanilla"]
 figure, axes = plt.subplots()
-for (label, ts), marker, colour in zip(times.items(), "os^D", (*COLOURS[:3], "black")):
+for (label, ts), marker, colour in zip(times.items(), "os^D", SHADES):
     axes.plot(lengths, [1e3 * t for t in ts], marker=marker, color=colour, label=label)
 axes.set(xlabel="length of the texts (tokens)", ylabel="time for 8,192 tokens (ms)")
 axes.set(xscale="log", yscale="log", title="Attention, forward and backward")
@@ -1430,7 +1420,7 @@ assert growth < 1.1 and by_depth["kept, hashed"][-1] > 8 * by_depth["kept, hashe
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-looks = zip(by_depth.items(), "os^D", (*COLOURS[:3], "black"), (2, 6, 2, 2))
+looks = zip(by_depth.items(), "os^D", SHADES, (2, 6, 2, 2))
 for (label, values), marker, colour, width in looks:
     look = dict(marker=marker, color=colour, linewidth=width)
     axes.plot(depths, values, label=label, **look)
@@ -1478,14 +1468,13 @@ assert costs["reversible"][0] < costs["checkpoints"][0] < costs["keep all"][0]
 # ### Memory against length
 #
 # Four layers, longer and longer windows. For the vanilla model there are two numbers: with fused attention, and with the weights stored as in
-# 2020. (The recorder of this course opens fused attention up to see the weights, and then autograd keeps them.) The thin black lines,
-# dotted and dashed, are the formulas of Table 3, times 4 bytes.
+# 2020. (The recorder of this course opens fused attention up to see the weights, and then autograd keeps them.)
 
 # %%
 lengths = [256, 512, 1024, 2048]
 hashed = "kept, hashed", "reversible, hashed"
-names = "vanilla, weights stored", "vanilla, fused", *hashed
-by_length = {name: [] for name in names}
+by_length = {"vanilla, weights stored": [], "vanilla, fused": []}
+by_length |= {name: [] for name in hashed}
 for T in lengths:
     vanilla, tokens = vanilla_of(T), text_of(T)
     by_length["vanilla, fused"].append(kept(vanilla, tokens))
@@ -1493,42 +1482,19 @@ for T in lengths:
         by_length["vanilla, weights stored"].append(kept(vanilla, tokens))
     for name in hashed:
         by_length[name].append(kept(reformer_of(T, **KEEPING[name]), tokens))
-H, L, P, m = 4, 4, 2, 2 * 64
-formula = {
-    "transformer": [4 * max(T * WIDE["d_ff"], H * T**2) * L / MiB for T in lengths],
-    "Reformer": [4 * T * max(WIDE["d_model"], H * P * m) / MiB for T in lengths],
-}
-print("length                  ", *(f"{T:8,}" for T in lengths))
-for label, values in by_length.items():
-    print(f"{label:24}", *(f"{value:8.1f}" for value in values), "MiB")
-stored = by_length["vanilla, weights stored"]
-assert stored[-1] > 3 * stored[-2]
-assert by_length["vanilla, fused"][-1] > 5 * by_length["reversible, hashed"][-1]
-
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots()
-colours = "#666666", "black", figures.ORANGE, figures.GREEN
-for (label, values), marker, colour in zip(by_length.items(), "DDs^", colours):
-    axes.plot(lengths, values, marker=marker, color=colour, label=label)
-for (label, values), style in zip(formula.items(), (":", "--")):
-    axes.plot(lengths, values, "k" + style, linewidth=1, label=f"Table 3, {label}")
-axes.set(xlabel="length (tokens)", ylabel="kept for backward (MiB)")
-axes.set(xscale="log", yscale="log", ylim=(0.3, 5000), title="Four layers")
-axes.set_xticks(lengths, labels=[f"{T:,}" for T in lengths])
-axes.minorticks_off()
-axes.legend(fontsize=8, ncols=2)
-figures.show(
-    figure,
-    "Stored weights rise with the square of the length, parallel to the formula for "
-    "the transformer and above it; with fused attention, what is kept rises in "
-    "proportion to it; the reversible model is lowest by far, below its formula.",
+figures.table(
+    "Kept for the backward pass (MiB), four layers, by the length of the window",
+    ["", *(f"{T:,}" for T in lengths)],
+    [[name, *(f"{n:,.1f}" for n in values)] for name, values in by_length.items()],
 )
+stored, fused, _, reversible = by_length.values()
+assert stored[-1] > 3 * stored[-2] and fused[-1] > 5 * reversible[-1]
+assert 1.8 < fused[-1] / fused[-2] < 2.2 and 1.8 < reversible[-1] / reversible[-2] < 2.2
 
 # %% [markdown]
-# The formula for the transformer counts the largest tensor of each layer, times the layers; that for the Reformer the largest tensor of one
-# layer, its scores. They exist only while a block is at work and none is kept, so the formula lies above what is kept. (The pieces of the
-# feed-forward block do for its hidden layer what chunks do for scores; but as long as attention needs more, as here, they leave the peak of
-# the whole model as it is.)
+# Stored weights grow with the square of the length, all others in proportion to it. The formulas of Table 3 count the largest tensor: for the
+# transformer that of each layer, for the Reformer that of one layer, its scores. (The pieces of the feed-forward block do for its hidden layer
+# what chunks do for scores; but as long as attention needs more, as here, they leave the peak of the whole model as it is.)
 
 # %% [markdown]
 # ## 4.9 Where it looks

@@ -878,7 +878,7 @@ titles, units = ("forward (ms)", "backward (ms)", "kept (MiB)"), (1e3, 1e3, 2**-
 for k, (ax, unit, title) in enumerate(zip(axes, units, titles)):
     for name, look in looks.items():
         values = [unit * cost[k] for cost in costs[name]]
-        color = "black" if name == "vanilla" else figures.BLUE
+        color = figures.COLOUR.get(name, figures.COLOUR["Feedback"])
         ax.plot(lengths, values, look, color=color, label=name)
     ax.set(xscale="log", yscale="log", title=title, xlabel="T (tokens)")
     ax.set_xticks(lengths, labels=lengths)
