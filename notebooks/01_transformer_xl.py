@@ -366,8 +366,8 @@ figures.show(
 M_, T_, d_head = 1, 2, 2
 q = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # (T, d_head)
 k = torch.tensor([[1.0, 1.0], [2.0, 0.0], [0.0, 1.0]])  # (K, d_head)
-r = torch.tensor([[0.0, 0.0], [1.0, -1.0], [1.0, -2.0]])  # (distances, d_head)
-u, v = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])  # (d_head,) each
+r = torch.tensor([[0.0, 1.0], [1.0, -1.0], [1.0, -2.0]])  # (distances, d_head)
+u, v = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0])  # (d_head,) each
 
 by_pair = {}  # (i, j) -> the four terms
 for i in range(M_, M_ + T_):
@@ -994,7 +994,7 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # | absolute | not tried | 30.97 |
 #
 # The order of the three corners that it has in common with ours is the same.
-
+#
 #
 # The next three sections measure these same models under other conditions of *evaluation*. What they
 # measure was recorded as well, for models trained from five seeds:
