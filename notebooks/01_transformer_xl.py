@@ -1268,7 +1268,7 @@ means = {name: losses.mean(dim=1) for name, losses in table.items()}
 figure, axes = plt.subplots()
 lines(axes, CONTEXTS, means)
 axes.axvline(T, color="black", linestyle=":", label="segment in training")
-axes.legend()
+axes.legend(loc="center right")
 axes.set(ylabel="loss (nats per character)")
 axes.set(xlabel="context (characters)", xticks=CONTEXTS)
 axes.set_title(f"Loss by length of context ({corpus.name})")
@@ -1304,12 +1304,16 @@ for name, gain in longer.items():
 assert longer["vanilla"] == 0 and CONTEXTS[1] == T
 assert longer["Transformer-XL"] > longer["relative, no memory"] + 0.01
 assert means["Transformer-XL"][-1] == min(mean[-1] for mean in means.values())
+ahead = table["vanilla"] - table["Transformer-XL"]  # (contexts, N)
+errors = ahead.std(dim=1) / ahead.size(1) ** 0.5
+assert (ahead.mean(dim=1)[1:] > 4 * errors[1:]).all()  # from 32 characters on
 
 # %% [markdown]
 # From 32 characters on, Transformer-XL is ahead by many standard errors, although no memory takes part here: both see the same characters.
 # At 16 characters, half of what either model met in training, the difference is small, and one pair of trained models does not decide it.
 #
-# The vanilla model can have nothing from beyond its window. The model with relative positions that was trained without
+# The vanilla model can have nothing from beyond its window. From 16 to 32 characters it even gets worse in this run; the last
+# positions of a window are among its poorer ones in the section on blind starts, too. Why, we have not found out. The model with relative positions that was trained without
 # memory can be given more, and does worse with it: it has never met a distance above 31. That is no law. In the
 # paper's Table 6 such a model, far larger, gains from it: its perplexity is 29.59 at the length of training and 29.02 at 260. Here it takes
 # the training with memory to get something, if little, from beyond the segment.
@@ -1450,7 +1454,9 @@ mass = {
     f"layer {n + 1}": [row[a:b].sum() for a, b in zip(edges, edges[1:])]
     for n, row in enumerate(by_age)
 }
+greys = ["#222222", "#777777", "#bbbbbb"]
 figure, axes = plt.subplots()
+axes.set_prop_cycle(color=greys)
 labels = dict(xlabel="age of the key (characters)", ylabel="share of attention")
 figures.buckets(axes, edges, mass, **labels)
 axes.set_title(f"Attention by age, memory of {3 * T} ({corpus.name})")
@@ -1462,6 +1468,7 @@ figures.show(
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
+axes.set_prop_cycle(color=greys)
 rows = {f"layer {n + 1}": row for n, row in enumerate(share)}
 labels = dict(xlabel="position in the segment", ylabel="share of attention on memory")
 figures.curves(axes, range(1, T + 1), rows, **labels)
@@ -1611,7 +1618,7 @@ assert spreads["mean of (a) by key"] > 2 * spreads["(c)"]
 
 # %%
 paper = {800: 363, 1800: 773, 2800: 1409, 3800: 1874}
-WIDE = SIZES | dict(d_model=512, n_heads=4, n_layers=1, d_ff=2048)
+WIDE = SIZES | dict(d_model=512, n_heads=2, n_layers=1, d_ff=2048)
 SEGMENT = 1024
 
 
