@@ -1404,8 +1404,8 @@ figures.table(
 
 # %% [markdown]
 # At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one or two steps apart, and new places
-# alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: the model
-# without memory gets worse with every step beyond 32, and the measure cannot say so. The paper's models differ
+# alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: that the model
+# without memory loses something beyond 32 is nothing that the measure could say. The paper's models differ
 # by hundreds of words (Table 8):
 #
 # | | r = 0.1 | r = 0.5 | r = 1 |
@@ -1528,8 +1528,7 @@ own, half, none, other = content.values()
 assert own < half < none and abs(other - none) < 0.1 < other - own
 
 # %% [markdown]
-# The memory's content is what counts: another text's memory is worth about as much as none. Its older half counts a little, too,
-# though it gets far less of the attention.
+# The memory's content is what counts: another text's memory is worth about as much as none. Its older half counts a little, too.
 
 # %% [markdown]
 # ### The four terms after training
@@ -1891,6 +1890,8 @@ figures.table(
 # in one query of each segment. What you gain is simplicity: no second product, no $R$, no shift.
 #
 # </details>
+
+# %% [markdown]
 # <details><summary>Solution 5</summary>
 #
 # ```python
