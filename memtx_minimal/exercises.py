@@ -1,6 +1,7 @@
 """Checks for the exercises: they say "right", or what was expected and what came."""
 
 import math
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from memtx_minimal import tasks
 from memtx_minimal.feedback_transformer import step
 from memtx_minimal.reformer import in_set
+from memtx_minimal.transformer_xl import attention_mask, distances
 from memtx_minimal.vanilla_transformer import sinusoid
 
 # ---------------------------------------------------------------- chapter 0
@@ -96,6 +98,131 @@ def check_sliding(my_sliding, model, stream):
         if not abs(mine - right) < 1e-3:
             why = "character 64 is the first with 63 before the one that predicts it"
             raise AssertionError(f"n = {n}: {mine:.4f}, not {right:.4f}: {why}")
+    print("right")
+
+
+# ---------------------------------------------------------------- chapter 1
+
+
+def check_shift(my_shift):
+    """Chapter 1, exercise 1."""
+    if "rel_shift" in getattr(getattr(my_shift, "__code__", None), "co_names", ()):
+        raise AssertionError("write it without rel_shift: pad, reshape, cut")
+    for T, M in [(3, 2), (4, 9), (5, 0), (1, 0)]:
+        where, K = f"T = {T}, M = {M}: ", M + T
+        scores = torch.arange(2 * 3 * T * K).view(2, 3, T, K).float()
+        try:
+            mine = my_shift(scores)
+        except Exception as error:
+            raise AssertionError(f"{where}it fails with {error!r}") from error
+        if getattr(mine, "shape", None) != scores.shape:
+            shape = tuple(getattr(mine, "shape", ()))
+            wanted = f"{tuple(scores.shape)}, like the scores"
+            raise AssertionError(f"{where}the shape is {shape}; return {wanted}")
+        for i, j in (distances(T, M) >= 0).nonzero().tolist():
+            column = K - 1 - (M + i - j)  # the columns are distances, K - 1 ... 0
+            came, right = mine[..., i, j], scores[..., i, column]
+            if not torch.equal(came, right):
+                where += f"row {i}, key {j}, at a distance of {M + i - j}: "
+                columns = (scores[0, 0] == came[0, 0]).nonzero().tolist()
+                stands = "row {}, column {}".format(*(columns or [("none", "none")])[0])
+                wanted = f"row {i}, column {column}"
+                raise AssertionError(f"{where}should be {wanted}, and is {stands}")
+    print("right")
+
+
+def check_cleared(loss, without, whole):
+    """Chapter 1, exercise 2: the loss found, and those without and with all memory."""
+    expected = (without + 3 * whole) / 4
+    if not min(without, whole) < loss < max(without, whole):
+        between = f"between {whole:.3f} and {without:.3f}"
+        raise AssertionError(f"{loss:.3f} does not lie {between}: is it cleared at all?")
+    if abs(loss - expected) > 0.01:
+        share = (loss - whole) / (without - whole)
+        raise AssertionError(
+            f"{loss:.3f}: as if {share:.0%} of the segments began without memory; one "
+            f"in four should"
+        )
+    print(f"right: (without + 3 * with) / 4 = {expected:.3f}")
+
+
+def longest_reach(T, M, L, same_length):
+    """How many of the latest tokens the last of several segments' logits can feel."""
+    oldest = last = T * (M + 2) * (L + 1) - 1  # of a text that is long enough
+    for _ in range(L):
+        first = oldest // T * T - M  # the memory of its segment
+        oldest = max(first, oldest - M + 1) if same_length else first
+    return last - oldest + 1
+
+
+def check_reach(my_reach):
+    """Chapter 1, exercise 3: my_reach(M, L), with same_length."""
+    for M, L in [(4, 1), (4, 3), (1, 5), (6, 2)]:
+        mine = my_reach(M, L)
+        right = {longest_reach(T, M, L, True) for T in (1, 4)}  # whatever T is
+        if {mine} != right:
+            hint = f"{min(right)}: each query sees M keys, itself among them"
+            raise AssertionError(f"my_reach({M}, {L}) is {mine}, not {hint}")
+    print("right")
+
+
+@torch.no_grad()
+def check_bias(BiasAttention):
+    """Chapter 1, exercise 4: a class like RelativeAttention, with `bias` (H, n)."""
+    torch.manual_seed(0)
+    H, d_head = 2, 4
+    layer = BiasAttention(H * d_head, H, 0.0).double()
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, torch.nn.Parameter) or bias.dim() != 2 or len(bias) != H:
+        raise AssertionError("give it a parameter `bias` (H, n), n distances")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    for T, M in [(3, 4), (2, bias.size(1) + 3)]:
+        K, context = M + T, torch.randn(2, M + T, H * d_head).double()
+        distance = distances(T, M)
+        q = layer.heads(layer.query(context[:, -T:]))
+        k, v = (layer.heads(x) for x in layer.key_value(context).chunk(2, dim=-1))
+        far = distance.clamp(0, bias.size(1) - 1)
+        scores = ((q + layer.u) @ k.mT) / d_head**0.5
+        scaled = [bias[:, far], bias[:, far] / d_head**0.5]  # either is right
+        mask, wanted = attention_mask(distance), []
+        for b in scaled:
+            heads = (scores + b + mask).softmax(dim=-1) @ v  # (B, H, T, d_head)
+            wanted.append(layer.out(heads.transpose(1, 2).flatten(2)))
+        R = torch.zeros(K + 1, H * d_head).double()
+        mine = layer(context, R, mask)
+        if mine.shape != wanted[0].shape:
+            shapes = f"{tuple(mine.shape)}, not {tuple(wanted[0].shape)}"
+            raise AssertionError(f"the output has the shape {shapes}")
+        if not any(torch.allclose(mine, w) for w in wanted):
+            case = "when the table covers all distances"
+            if K > bias.size(1):
+                case = "when keys lie beyond the table: they share its last number"
+            raise AssertionError(f"T = {T}, M = {M}: the output is wrong, {case}")
+    print("right")
+
+
+def check_through(model):
+    """Chapter 1, exercise 5: a TransformerXL whose memory keeps the graph."""
+    T, model = model.mem_len, deepcopy(model).double().eval()
+    tokens = torch.randint(model.embedding.num_embeddings, (2, 2 * T))
+
+    def gradient(segments):
+        model.zero_grad()
+        memory = None
+        for segment in segments:
+            logits, memory = model(segment, memory)
+        logits[:, -1].logsumexp(-1).sum().backward()
+        return model.embedding.weight.grad.clone()
+
+    whole, mine = gradient([tokens]), gradient(tokens.split(T, dim=1))
+    if not torch.allclose(mine, whole):
+        old = tokens[:, :T].unique()
+        only = old[~torch.isin(old, tokens[:, T:].unique())]
+        cut = len(only) and not mine[only].any()
+        why = "the first segment gets none: is `detach` gone?" if cut else "they differ"
+        expected = "two segments should give the gradient of one long window"
+        raise AssertionError(f"{expected}: {why}")
     print("right")
 
 

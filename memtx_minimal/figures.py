@@ -83,12 +83,13 @@ def band(axes, x, values, label="{} recorded seeds"):
     _legend(axes)
 
 
-def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
+def points(axes, values, seeds=None, *, xlabel, number="{:.2f}", colors=None):
     """One value a label, on a line of its own, with its number: values is {label:
     value}.
 
     seeds is {label: (n,)}, the values of recorded seeds: grey strokes, and what they
-    span. The axis need not begin at zero."""
+    span. colors is {label: colour}, blue where it says nothing. The axis need not begin
+    at zero."""
     for row, (label, value) in enumerate(values.items()):
         some = np.asarray((seeds or {}).get(label, ()))
         if len(some):
@@ -103,7 +104,8 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
                 markersize=16, zorder=1.2, label=name,
             )  # fmt: skip
         name = "this run" if not row else None
-        axes.plot(value, row, "o", color=BLUE, markersize=7, label=name)
+        color = (colors or {}).get(label, BLUE)
+        axes.plot(value, row, "o", color=color, markersize=7, label=name)
         axes.annotate(
             number.format(value), (value, row), xytext=(0, 11),
             textcoords="offset points", ha="center",

@@ -80,6 +80,30 @@ def recall_text(tokens):
     return words
 
 
+def echo(batch_size, segment_len, lag, n_symbols=8, seed=0):
+    """Endless lanes of random symbols: which one stood `lag` tokens ago?
+
+    The target of each token is the symbol `lag` places before it in its lane; the first
+    `lag` targets are -100. Chance is 1 / n_symbols, and nothing but the one token helps:
+    who cannot look so far back can only guess. With lag = segment_len the answer never
+    stands in the segment of the question.
+    """
+    sizes = {"batch_size": batch_size, "segment_len": segment_len, "lag": lag}
+    inputs.check_sizes(sizes | {"n_symbols": n_symbols, "seed": seed})
+    B, T, lag = int(batch_size), int(segment_len), int(lag)
+    generator = torch.Generator().manual_seed(int(seed))
+
+    def stream():
+        past, at_start = torch.full((B, lag), -100), True  # the latest symbols
+        while True:
+            tokens = torch.randint(int(n_symbols), (B, T), generator=generator)
+            past = torch.cat([past, tokens], dim=1)  # (B, lag + T)
+            yield tokens, past[:, :T], at_start
+            past, at_start = past[:, T:], False
+
+    return stream()
+
+
 def cups(batch_size, segment_len, n_cups=5, seed=0):
     """A ball lies under the first of n_cups cups, cups are swapped: where is it then?
 

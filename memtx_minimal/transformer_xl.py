@@ -4,7 +4,7 @@ Dai et al., "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Con
 ACL 2019 (arXiv 1901.02860). Two ideas that need each other: segment recurrence
 (section 3.2) and relative positions (section 3.3).
 
-Letters in the shape comments: B batch, T tokens in the segment, M tokens in memory,
+Letters in the shape comments: B batch, T tokens in the segment, M states in memory,
 K = M + T keys, H heads, d_model = H * d_head.
 """
 
@@ -69,15 +69,15 @@ class RelativeAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, -1)).transpose(-2, -3)
 
     def forward(self, context, R, mask):
-        """context (B, K, d_model), R (K + 1, d_model), mask (T, K) -> (B, T, d_model)"""
+        """context (B, K, d_model), R (K + 1, d_model), mask (T, K): (B, T, d_model)."""
         inputs.check_added("mask", mask)
         T, scale = mask.size(0), self.u.size(-1) ** -0.5
         q = self.heads(self.query(context[:, -T:]))  # (B, H, T, d_head)
         k, values = self.key_value(context).chunk(2, dim=-1)  # (B, K, d_model)
         k, values = self.heads(k), self.heads(values)  # (B, H, K, d_head)
         r = self.heads(self.position(R))  # (H, K + 1, d_head)
-        scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): terms (a) and (c)
-        scores += rel_shift(scale * (q + self.v) @ r.mT)  # terms (b) and (d)
+        scores = scale * (q + self.u) @ k.mT  # (B, H, T, K): (a) + (c)
+        scores += rel_shift(scale * (q + self.v) @ r.mT)  # (b) + (d)
         scores += mask
         weights = self.dropout(scores.softmax(dim=-1))  # (B, H, T, K)
         heads = weights @ values  # (B, H, T, d_head)

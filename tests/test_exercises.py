@@ -1,5 +1,6 @@
 """The checks of the exercises pass what is right, and say what is wrong with the rest."""
 
+import inspect
 import math
 from functools import partial
 
@@ -7,8 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memtx_minimal import exercises
+from memtx_minimal import exercises, transformer_xl
 from memtx_minimal.feedback_transformer import FeedbackTransformer, step
+from memtx_minimal.transformer_xl import (
+    RelativeAttention,
+    TransformerXL,
+    distances,
+    rel_shift,
+)
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
 
@@ -298,3 +305,104 @@ def test_rounds():
     exercises.check_rounds(add)
     with pytest.raises(AssertionError, match="one largest score"):
         exercises.check_rounds(lambda *rounds: add(*rounds, top=1.0))
+
+
+# ---------------------------------------------------------------- chapter 1
+
+
+def papers_shift(scores):
+    T, K = scores.shape[-2:]
+    padded = torch.nn.functional.pad(scores, (1, 0))
+    return padded.reshape(*scores.shape[:-2], K + 1, T)[..., 1:, :].reshape(scores.shape)
+
+
+def last_row_first(scores):
+    padded = torch.nn.functional.pad(scores, (1, 0))
+    T, K = scores.shape[-2:]
+    return padded.reshape(*scores.shape[:-2], K + 1, T)[..., :-1, :].reshape(scores.shape)
+
+
+def test_shift():
+    exercises.check_shift(papers_shift)
+    for wrong, why in [
+        (lambda s: rel_shift(s), "without rel_shift"),
+        (lambda s: s, r"T = 3, M = 2: row 0, key 0, at a distance of 2: should be row 0, column 2"),
+        (last_row_first, "T = 3, M = 2: row 0, key 0"),
+        (lambda s: s[0, 0], r"the shape is \(3, 5\); return \(2, 3, 3, 5\)"),
+        (lambda s: None, r"the shape is \(\)"),
+        (lambda s: s @ s, "it fails with RuntimeError"),
+    ]:
+        with pytest.raises(AssertionError, match=why):
+            exercises.check_shift(wrong)
+
+
+def test_cleared():
+    exercises.check_cleared(1.75, 1.9, 1.7)
+    with pytest.raises(AssertionError, match="is it cleared at all"):
+        exercises.check_cleared(1.7, 1.9, 1.7)
+    with pytest.raises(AssertionError, match="as if 75% of the segments"):
+        exercises.check_cleared(1.85, 1.9, 1.7)
+
+
+def test_reach_with_same_length():
+    exercises.check_reach(lambda M, L: 1 + L * (M - 1))
+    with pytest.raises(AssertionError, match=r"my_reach\(4, 1\) is 5, not 4"):
+        exercises.check_reach(lambda M, L: 1 + L * M)
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+def test_longest_reach_is_what_is_felt(same_length):
+    for T, M, L in [(4, 1, 3), (4, 3, 2), (4, 6, 3), (3, 3, 2), (1, 5, 2)]:
+        torch.manual_seed(0)
+        model = TransformerXL(10, 16, 2, L, 32, mem_len=M, same_length=same_length).double()
+        n = T * (40 // T)
+        text = torch.randint(10, (1, n))
+        changed = (text + torch.eye(n, dtype=torch.int64)) % 10
+        memory = None
+        for segment in torch.cat([text, changed]).split(T, dim=1):
+            logits, memory = model(segment, memory)
+        last = logits[:, -1]
+        felt = ((last[1:] - last[0]).abs().amax(dim=1) > 1e-12).sum().item()
+        assert exercises.longest_reach(T, M, L, same_length) == felt < n
+        if not same_length:
+            assert felt == T + M + T * math.ceil(M / T) * (L - 1)
+
+
+class Bias(RelativeAttention):
+    n, shared = 5, True
+
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__(d_model, n_heads, dropout)
+        self.bias = torch.nn.Parameter(torch.zeros(n_heads, self.n))
+
+    def forward(self, context, R, mask):
+        T, K = mask.shape
+        q = self.heads(self.query(context[:, -T:]))
+        k, values = (self.heads(x) for x in self.key_value(context).chunk(2, dim=-1))
+        far = distances(T, K - T).clamp(min=0)
+        far = far.clamp(max=self.n - 1) if self.shared else far % self.n
+        scores = (q + self.u) @ k.mT / q.size(-1) ** 0.5 + self.bias[:, far] + mask
+        return self.out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+
+
+def test_bias():
+    exercises.check_bias(type("Long", (Bias,), {"n": 64}))
+    exercises.check_bias(Bias)
+    with pytest.raises(AssertionError, match="a parameter `bias`"):
+        exercises.check_bias(RelativeAttention)
+    with pytest.raises(AssertionError, match="they share its last number"):
+        exercises.check_bias(type("Round", (Bias,), {"shared": False}))
+    upside_down = lambda self, context, R, mask: Bias.forward(self, context.flip(1), R, mask)
+    with pytest.raises(AssertionError, match="the output is wrong, when the table covers"):
+        exercises.check_bias(type("Wrong", (Bias,), {"n": 64, "forward": upside_down}))
+
+
+def test_through():
+    source = inspect.getsource(TransformerXL).replace("TransformerXL", "Through", 1)
+    names = vars(transformer_xl) | {}
+    exec(source.replace(".detach()", ""), names)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=20, d_model=16, n_heads=2, n_layers=2, d_ff=32, mem_len=4)
+    exercises.check_through(names["Through"](**sizes))
+    with pytest.raises(AssertionError, match="is `detach` gone?"):
+        exercises.check_through(TransformerXL(**sizes))

@@ -69,6 +69,13 @@ def test_points_lie_upon_their_seeds(axes):
     assert axes.yaxis_inverted() and axes.get_xlabel() == "loss"
 
 
+def test_points_take_the_colours_of_their_models(axes):
+    colors = {"b": figures.COLOUR["Transformer-XL"]}
+    figures.points(axes, {"a": 1.2, "b": 2.5}, xlabel="loss", colors=colors)
+    assert [line.get_color() for line in axes.lines] == [figures.BLUE, figures.ORANGE]
+    assert len(set(figures.COLOUR.values())) == len(figures.COLOUR)  # one a model
+
+
 def test_no_seeds_draw_nothing(axes):
     figures.band(axes, [1, 2], np.empty((0, 2)))
     assert not axes.lines and not axes.collections

@@ -114,6 +114,27 @@ def test_duplicate_is_made_of_its_seed_alone():
     assert not torch.equal(a, b) and torch.equal(before, torch.get_rng_state())
 
 
+# ---------------------------------------------------------------- echo
+
+
+@pytest.mark.parametrize("T, lag", [(4, 4), (4, 3), (3, 7), (1, 1)])
+def test_echo_asks_for_what_stood_lag_tokens_ago(T, lag):
+    batches = list(itertools.islice(tasks.echo(3, T, lag, n_symbols=5, seed=1), 9))
+    tokens, targets = (torch.cat(parts, dim=1) for parts in list(zip(*batches))[:2])
+    assert tokens.shape == targets.shape == (3, 9 * T)
+    assert (targets[:, :lag] == -100).all()
+    assert torch.equal(targets[:, lag:], tokens[:, :-lag])
+    assert tokens.min() >= 0 and tokens.max() < 5
+    assert [batch[2] for batch in batches] == [True] + [False] * 8
+
+
+def test_echo_is_fixed_by_its_seed():
+    before = torch.get_rng_state()
+    first, again, other = (next(tasks.echo(4, 6, 6, seed=s))[0] for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 # ---------------------------------------------------------------- card
 
 
@@ -147,6 +168,7 @@ def test_card_is_fixed_by_its_seed():
 
 TASKS = {
     "recall": lambda **odd: tasks.recall(**dict(batch_size=2, segment_len=8) | odd),
+    "echo": lambda **odd: tasks.echo(**dict(batch_size=2, segment_len=8, lag=5) | odd),
     "cups": lambda **odd: tasks.cups(**dict(batch_size=2, segment_len=8) | odd),
     "duplicate": lambda **odd: tasks.duplicate(**dict(batch_size=2, length=8) | odd),
     "card": lambda **odd: tasks.card(**dict(batch_size=2, n_events=8) | odd),
@@ -179,6 +201,9 @@ def test_a_seed_gives_the_stream_that_it_always_gave(name, odd, expected):
 @pytest.mark.parametrize(
     "name, odd, message",
     [
+        ("echo", dict(lag=0), "lag=0 is not a whole number >= 1"),
+        ("echo", dict(lag=2.5), "lag=2.5"),
+        ("echo", dict(n_symbols=0), "n_symbols=0 is not a whole number >= 1"),
         ("cups", dict(n_cups=1), "n_cups=1 is not a whole number >= 2"),
         ("cups", dict(n_cups=0), "n_cups=0"),
         ("cups", dict(n_cups=-3), "n_cups=-3"),
