@@ -115,7 +115,7 @@ def links(home, name):
 
 
 NO_ADDRESS = "the project has no public address yet"
-BADGES = f"""No link to Colab, Kaggle or a download here: {NO_ADDRESS}.
+BADGES = f"""No links to Colab and Kaggle here: {NO_ADDRESS}.
 To run this notebook, type `make lab` in your copy of the project."""
 
 

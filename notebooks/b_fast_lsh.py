@@ -16,7 +16,7 @@
 # # B. Appendix: what makes hashed attention fast
 
 # %% [markdown] tags=["badges"]
-# No link to Colab, Kaggle or a download here: the project has no public address yet.
+# No links to Colab and Kaggle here: the project has no public address yet.
 # To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
