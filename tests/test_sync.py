@@ -396,6 +396,8 @@ def test_a_new_version_reaches_every_copy(tree):
         ("https://github.com/no_address_yet/memtx-minimal", False),
         ("https://github.com/two--hyphens/b", False),
         ("https://github.com/-a/b", False),
+        ("https://github.com/_a/b", False),
+        ("https://github.com/a-/b", False),
         ("https://github.com/a", False),
         ("https://github.com/a/b/c", False),
         ("http://github.com/a/b", False),
