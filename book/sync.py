@@ -6,8 +6,12 @@ NN_name.py or NN_name.ipynb,      the other of the pair; outputs and cell ids st
 memtx_minimal/name.py             the cells tagged `from-module`, one for each class or
   (see also MODULES)              function; constants stand in other cells
 project.urls in pyproject.toml    the cells tagged `badges` and `colab-install`, the
-                                  marked blocks of README.md, and a line each of
+  and __version__ of the package  marked blocks of README.md, and lines of
                                   CITATION.cff and book/_config.yml
+
+The address in project.urls is real if GitHub could give it to somebody. Until it is, as
+under an account whose name has an underscore, nothing is installed from it and nothing
+links to it: cells, README and book say instead that it is missing.
 
 Which file of a pair was edited is decided by its content, never by its date. A file
 that still says what the pair said at the last sync (kept in notebooks/.agreed) or in
@@ -25,6 +29,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jupytext
 import nbformat
@@ -59,43 +64,122 @@ def escape_unprintable():
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def address(root):
-    """The repository's address, from the one place where it stands."""
+class Home(NamedTuple):
+    """Where the project is found: its address, and the release that stands there."""
+
+    url: str
+    version: str
+
+    @property
+    def tag(self):
+        return f"v{self.version}"
+
+
+def home(root):
+    """The address and the version, each from the one place where it stands."""
     project = tomllib.loads(read(root / "pyproject.toml"))["project"]
-    return project["urls"]["Repository"].rstrip("/")
+    package = read(root / "memtx_minimal" / "__init__.py")
+    version = re.search(r'(?m)^__version__ = "(.+)"$', package)[1]
+    return Home(project["urls"]["Repository"].rstrip("/"), version)
 
 
-def colab(url, name):
-    return url.replace("https://github.com/", "https://colab.research.google.com/github/") + f"/blob/main/notebooks/{name}.ipynb"
+ACCOUNT = r"[A-Za-z\d](?:-?[A-Za-z\d]){0,38}"  # what GitHub takes as an account's name
+REPOSITORY = re.compile(rf"https://github\.com/({ACCOUNT})/([\w.-]+)")
 
 
-def badges(url, name):
-    return f"[Open in Colab]({colab(url, name)}) · [Download this notebook]({url}/raw/main/notebooks/{name}.ipynb)"
+def is_real(url):
+    """Whether the address could exist. One that anybody could register is not safe to
+    install from, so a placeholder has to be one that nobody can."""
+    return REPOSITORY.fullmatch(url) is not None
 
 
-def colab_install(url, name):
-    return f"""import subprocess
+def site(url):
+    """Where GitHub Pages shows the book of a repository."""
+    account, repository = REPOSITORY.fullmatch(url).groups()
+    root = f"https://{account.lower()}.github.io/"
+    return root if root == f"https://{repository.lower()}/" else f"{root}{repository}/"
+
+
+def links(home, name):
+    """{what: address} of what a reader can do with a notebook. It opens as of the
+    release that its first cell installs."""
+    repository = home.url.removeprefix("https://github.com/")
+    file = f"{repository}/blob/{home.tag}/notebooks/{name}.ipynb"
+    kaggle = "https://kaggle.com/kernels/welcome?src=https://github.com"
+    return {
+        "Open in Colab": f"https://colab.research.google.com/github/{file}",
+        "Open in Kaggle": f"{kaggle}/{file}",
+        "Open in Codespaces": f"https://codespaces.new/{repository}",
+        "Download this notebook": f"https://github.com/{file}".replace("/blob/", "/raw/"),
+    }
+
+
+NO_ADDRESS = "the project has no public address yet"
+BADGES = f"""No links to Colab and Kaggle here: {NO_ADDRESS}.
+To run this notebook, type `make lab` in your copy of the project."""
+
+
+def badges(home, name):
+    if not is_real(home.url):
+        return BADGES
+    return " · ".join(f"[{what}]({url})" for what, url in links(home, name).items())
+
+
+NO_INSTALL = f"""import importlib.util
+
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    raise ModuleNotFoundError(
+        "This notebook needs the package memtx_minimal and cannot fetch it: "
+        "{NO_ADDRESS}. In your copy of the project, "
+        "type: pip install ."
+    )"""
+
+
+def colab_install(home, name):
+    if not is_real(home.url):
+        return NO_INSTALL
+    return f"""import importlib.util
+import os
+import subprocess
 import sys
 
-# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
-if "google.colab" in sys.modules:
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    package = "git+{home.url}@{home.tag}"
+    if "google.colab" not in sys.modules and "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        raise ModuleNotFoundError(f"First type: pip install {{package}}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    package = "git+{url}"
-    subprocess.check_call([*pip, "pooch", package])"""
+    subprocess.check_call([*pip, "pooch", package])  # Colab and Kaggle have their torch"""
 
 
-def readme_links(url, names):
+WHERE_IT_GOES = "CONTRIBUTING.md#the-address"
+
+
+def readme_links(home, names):
     """Targets for the reference links of the README: [repository], [notebook 01], [colab 01], ..."""
-    links = [f"[repository]: {url}"]
+    real = is_real(home.url)
+    lines = [f"[repository]: {home.url if real else WHERE_IT_GOES}"]
     for name in names:
         number, _ = split_name(name)
-        links.append(f"[notebook {number}]: notebooks/{name}.ipynb")
-        links.append(f"[colab {number}]: {colab(url, name)}")
-    return "\n".join(links)
+        colab = links(home, name)["Open in Colab"] if real else WHERE_IT_GOES
+        lines.append(f"[notebook {number}]: notebooks/{name}.ipynb")
+        lines.append(f"[colab {number}]: {colab}")
+    return "\n".join(lines)
 
 
-def readme_clone(url, names):
-    return f"```sh\ngit clone {url}\ncd {url.rsplit('/', 1)[-1]}\n```"
+def readme_clone(home, names):
+    if not is_real(home.url):
+        return f"```sh\ncd memtx-minimal  # your copy: {NO_ADDRESS}\n```"
+    folder = home.url.rsplit("/", 1)[-1]
+    return f"```sh\ngit clone {home.url}\ncd {folder}\n```"
+
+
+def readme_badges(home, names):
+    if not is_real(home.url):
+        return f"There is nothing to open in Colab, Kaggle or Codespaces: {NO_ADDRESS} ([where it goes]({WHERE_IT_GOES}))."
+    codespaces = links(home, names[0])["Open in Codespaces"]
+    return f"[Read the book]({site(home.url)}) · [Open in Codespaces]({codespaces}) · [Report an error]({home.url}/issues/new/choose)"
 
 
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
@@ -103,8 +187,11 @@ MODULES = {  # chapters whose code stands in more than the one file that is name
     "feedback_by_hand": ["fast_feedback"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}
-BLOCKS = {"links": readme_links, "clone": readme_clone}  # in README.md, from <!-- sync: NAME --> to <!-- end -->
-LINES = {"CITATION.cff": r"(?m)^(repository-code: ).*$", "book/_config.yml": r"(?m)^(  url: ).*$"}
+BLOCKS = {"badges": readme_badges, "links": readme_links, "clone": readme_clone}  # in README.md, from <!-- sync: NAME --> to <!-- end -->
+LINES = {  # in other files: what stands before the value, and which value it is
+    "CITATION.cff": {"repository-code: ": "url", "version: ": "version"},
+    "book/_config.yml": {"  url: ": "url"},
+}
 
 
 def definitions(path):
@@ -266,36 +353,38 @@ def sync_modules(nb, name, modules):
     return drift, broken
 
 
-def sync_generated(nb, name, url):
-    """Refresh the cells made from the repository's address."""
+def sync_generated(nb, name, home):
+    """Refresh the cells made from the repository's address and the version."""
     drift, broken = [], []
     for tag, make in CELLS.items():
         cells = tagged(nb, tag)
         if len(cells) != 1:
             broken.append(f"{name}: {len(cells)} cells tagged {tag} instead of one")
         for number, cell in cells:
-            if cell.source != make(url, name):
-                drift.append(f"{name}, cell {number}: the {tag} cell does not follow project.urls in pyproject.toml")
-                cell.source = make(url, name)
+            if cell.source != make(home, name):
+                drift.append(f"{name}, cell {number}: the {tag} cell does not follow project.urls or the version")
+                cell.source = make(home, name)
     return drift, broken
 
 
-def sync_text(path, url, names):
+def sync_text(path, home, names):
     """Refresh the parts of a text file that are made from the repository's address: new text, what drifted, what is broken."""
     text = new = read(path)
     broken = []
     if path.name == "README.md":
         for block, make in BLOCKS.items():
             start, end = f"<!-- sync: {block} -->", "<!-- end -->"
-            new, n = re.subn(f"(?s)({start}\n).*?({end})", lambda m, made=make(url, names): f"{m[1]}{made}\n{m[2]}", new)
+            new, n = re.subn(f"(?s)({start}\n).*?({end})", lambda m, made=make(home, names): f"{m[1]}{made}\n{m[2]}", new)
             if n != 1:
                 broken.append(f"README.md: {n} blocks from '{start}' to '{end}' instead of one")
     else:
-        (pattern,) = [p for file, p in LINES.items() if path.match(file)]
-        new, n = re.subn(pattern, rf"\g<1>{url}", new)
-        if n != 1:
-            broken.append(f"{path.name}: {n} lines like {pattern} instead of one")
-    drift = [f"{path.name} does not follow project.urls ({first_difference(text, new)})"] if new != text else []
+        (lines,) = [lines for file, lines in LINES.items() if path.match(file)]
+        for start, value in lines.items():
+            line = start + getattr(home, value)
+            new, n = re.subn(f"(?m)^{start}.*$", lambda _, line=line: line, new)
+            if n != 1:
+                broken.append(f"{path.name}: {n} lines '{start}...' instead of one")
+    drift = [f"{path.name} does not follow project.urls or the version ({first_difference(text, new)})"] if new != text else []
     return new, drift, broken
 
 
@@ -319,7 +408,7 @@ def sync(root=ROOT, check=False, take=()):
 
     take: names of notebook files that win over the other of their pair in any case.
     Returns (drift, broken): what differed, what only an author can mend."""
-    url, names = address(root), notebooks(root)
+    here, names = home(root), notebooks(root)
     drift, broken = [], []
     for name in names:
         ipynb, py = (root / "notebooks" / f"{name}.{half}" for half in ("ipynb", "py"))
@@ -330,7 +419,7 @@ def sync(root=ROOT, check=False, take=()):
         modules = chapter_modules(root, name)
         for more, faults in [
             sync_modules(nb, name, modules),
-            sync_generated(nb, name, url),
+            sync_generated(nb, name, here),
         ]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
@@ -347,7 +436,7 @@ def sync(root=ROOT, check=False, take=()):
             if not check:
                 write(copy, picture)
     for path in [root / "README.md", *(root / file for file in LINES)]:
-        text, changes, faults = sync_text(path, url, names)
+        text, changes, faults = sync_text(path, here, names)
         if changes and not check:
             write(path, text)
         drift, broken = drift + changes, broken + faults

@@ -16,7 +16,8 @@
 # # 0. Attention from nothing
 
 # %% [markdown] tags=["badges"]
-# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/00_attention.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/00_attention.ipynb)
+# No links to Colab and Kaggle here: the project has no public address yet.
+# To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
 # The four papers of this book change one thing about the transformer: what it remembers. To see what
@@ -36,14 +37,15 @@
 # cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
-import subprocess
-import sys
+import importlib.util
 
-# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
-if "google.colab" in sys.modules:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    package = "git+https://github.com/memtx-minimal/memtx-minimal"
-    subprocess.check_call([*pip, "pooch", package])
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    raise ModuleNotFoundError(
+        "This notebook needs the package memtx_minimal and cannot fetch it: "
+        "the project has no public address yet. In your copy of the project, "
+        "type: pip install ."
+    )
 
 # %% tags=["setup"]
 import math
@@ -897,7 +899,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # | `O` | old states that leave the memory (chapter 2) | `b` | buckets of one hash (chapter 4) |
 # | `G` | chunks (chapter 4) | `w` | tokens in a chunk (chapter 4) |
 # | `P` | hash rounds (chapter 4) | `S` | steps of a block (appendix A) |
-# | `A` | slots that a step sees (appendix A) | | |
+# | `A` | slots that a step sees (appendix A) | `i` | query |
+# | `j` | key | | |
 
 # %% [markdown]
 # ## 0.9 What became of it

@@ -16,7 +16,8 @@
 # # 1. Transformer-XL: remember what each layer has seen
 
 # %% [markdown] tags=["badges"]
-# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/01_transformer_xl.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/01_transformer_xl.ipynb)
+# No links to Colab and Kaggle here: the project has no public address yet.
+# To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
 # A transformer reads a window of text. What lies before the window does not exist for it.
@@ -40,14 +41,15 @@
 # models while you read. The last cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
-import subprocess
-import sys
+import importlib.util
 
-# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
-if "google.colab" in sys.modules:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    package = "git+https://github.com/memtx-minimal/memtx-minimal"
-    subprocess.check_call([*pip, "pooch", package])
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    raise ModuleNotFoundError(
+        "This notebook needs the package memtx_minimal and cannot fetch it: "
+        "the project has no public address yet. In your copy of the project, "
+        "type: pip install ."
+    )
 
 # %% tags=["setup"]
 import math

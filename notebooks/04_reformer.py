@@ -16,7 +16,8 @@
 # # 4. Reformer: look only where it matters, keep only what you must
 
 # %% [markdown] tags=["badges"]
-# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/04_reformer.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/04_reformer.ipynb)
+# No links to Colab and Kaggle here: the project has no public address yet.
+# To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
 # The other chapters give a transformer a memory beyond its window. **Reformer** ([Kitaev, Kaiser and Levskaya,
@@ -35,14 +36,15 @@
 # **Time and memory.** About 6 minutes and 2 GiB on two CPU cores. The last cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
-import subprocess
-import sys
+import importlib.util
 
-# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
-if "google.colab" in sys.modules:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    package = "git+https://github.com/memtx-minimal/memtx-minimal"
-    subprocess.check_call([*pip, "pooch", package])
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    raise ModuleNotFoundError(
+        "This notebook needs the package memtx_minimal and cannot fetch it: "
+        "the project has no public address yet. In your copy of the project, "
+        "type: pip install ."
+    )
 
 # %% tags=["setup"]
 import math

@@ -16,7 +16,8 @@
 # # A. Feedback by hand: a backward pass, and a cache with room
 
 # %% [markdown] tags=["badges"]
-# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/a_feedback_by_hand.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/a_feedback_by_hand.ipynb)
+# No links to Colab and Kaggle here: the project has no public address yet.
+# To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
 # You can skip this appendix. The Feedback Transformer of chapter 3 is right as it stands; here it is made
@@ -31,14 +32,15 @@
 # **You need** chapter 3. **Time and memory:** 2 minutes and 2 GiB on two CPU cores.
 
 # %% tags=["colab-install"]
-import subprocess
-import sys
+import importlib.util
 
-# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
-if "google.colab" in sys.modules:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    package = "git+https://github.com/memtx-minimal/memtx-minimal"
-    subprocess.check_call([*pip, "pooch", package])
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    raise ModuleNotFoundError(
+        "This notebook needs the package memtx_minimal and cannot fetch it: "
+        "the project has no public address yet. In your copy of the project, "
+        "type: pip install ."
+    )
 
 # %% tags=["setup"]
 import time

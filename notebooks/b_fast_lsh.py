@@ -16,7 +16,8 @@
 # # B. Appendix: what makes hashed attention fast
 
 # %% [markdown] tags=["badges"]
-# [Open in Colab](https://colab.research.google.com/github/memtx-minimal/memtx-minimal/blob/main/notebooks/b_fast_lsh.ipynb) · [Download this notebook](https://github.com/memtx-minimal/memtx-minimal/raw/main/notebooks/b_fast_lsh.ipynb)
+# No links to Colab and Kaggle here: the project has no public address yet.
+# To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
 # Chapter 4 computes hashed attention in the plainest way that is not slow. This appendix computes the same numbers about twice as fast, in
@@ -30,14 +31,15 @@
 # **You need** chapter 4, up to section 4.5, and section 4.6 for the model that B.6 speeds up. **Time and memory:** less than 2 minutes and 1 GiB on two CPU cores.
 
 # %% tags=["colab-install"]
-import subprocess
-import sys
+import importlib.util
 
-# Anywhere but in Colab this cell does nothing; Colab keeps its own torch.
-if "google.colab" in sys.modules:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    package = "git+https://github.com/memtx-minimal/memtx-minimal"
-    subprocess.check_call([*pip, "pooch", package])
+# Where memtx_minimal is installed, this cell does nothing.
+if importlib.util.find_spec("memtx_minimal") is None:
+    raise ModuleNotFoundError(
+        "This notebook needs the package memtx_minimal and cannot fetch it: "
+        "the project has no public address yet. In your copy of the project, "
+        "type: pip install ."
+    )
 
 # %% tags=["setup"]
 import copy

@@ -156,6 +156,7 @@ def run(cp1252, tmp_path_factory):
         new_code_cell(f"print('{WORDS}' + '!')"),
     ]
     texts = {
+        "memtx_minimal/__init__.py": '__version__ = "1.0"\n',
         "memtx_minimal/tiny.py": MODULE,
         "book/_toc.yml": "format: jb-book\nroot: notebooks/01_tiny\n",
         "notebooks/01_tiny.ipynb": writes(new_notebook(cells=cells)),

@@ -45,9 +45,12 @@ def tree(tmp_path):
     ]
     files = {
         "pyproject.toml": f'[project]\nname = "small"\n[project.urls]\nRepository = "{URL}"\n',
-        "README.md": "<!-- sync: clone -->\n<!-- end -->\n[Colab][colab 01]\n<!-- sync: links -->\n<!-- end -->\n",
-        "CITATION.cff": "title: small\nrepository-code: none\n",
+        "README.md": "[Colab][colab 01]\n" + "".join(
+            f"<!-- sync: {block} -->\n<!-- end -->\n" for block in ("badges", "clone", "links")
+        ),
+        "CITATION.cff": "title: small\nrepository-code: none\nversion: 0\n",
         "book/_config.yml": "repository:\n  url: none\n  branch: main\n",
+        "memtx_minimal/__init__.py": '"""Small."""\n\n__version__ = "1.2.0"\n',
         "memtx_minimal/tiny.py": MODULE,
         "notebooks/01_tiny.ipynb": nbformat.writes(nbformat.v4.new_notebook(cells=cells)),
     }
@@ -374,6 +377,117 @@ def test_a_new_address_reaches_every_copy(tree):
     files = [path for path in tree.rglob("*") if path.is_file()]
     assert not [path.name for path in files if "someone/" in sync.read(path)]
     assert sync.sync(tree, check=True) == ([], [])
+
+
+def test_a_new_version_reaches_every_copy(tree):
+    edit(tree / "memtx_minimal/__init__.py", "1.2.0", "1.3.0")
+    drift, broken = sync.sync(tree, check=True)
+    assert len(drift) == 4 and not broken  # two cells, the README and the citation
+    sync.sync(tree)
+    for copy in ("CITATION.cff", "README.md", "notebooks/01_tiny.py"):
+        assert "1.3.0" in sync.read(tree / copy) and "1.2.0" not in sync.read(tree / copy)
+
+
+@pytest.mark.parametrize(
+    "url, real",
+    [
+        (URL, True),
+        ("https://github.com/a/b.c_d", True),
+        ("https://github.com/no_address_yet/memtx-minimal", False),
+        ("https://github.com/two--hyphens/b", False),
+        ("https://github.com/-a/b", False),
+        ("https://github.com/_a/b", False),
+        ("https://github.com/a-/b", False),
+        ("https://github.com/a", False),
+        ("https://github.com/a/b/c", False),
+        ("http://github.com/a/b", False),
+        ("https://github.com.example.org/a/b", False),
+    ],
+)
+def test_which_addresses_could_exist(url, real):
+    assert sync.is_real(url) == real
+
+
+def test_the_address_of_this_repository_is_real_or_nobodys():
+    """No third way: one that is not yet ours must be one that nobody can register."""
+    url = sync.home(sync.ROOT).url
+    account = url.split("/")[3]
+    assert sync.is_real(url) or "_" in account
+    assert url != "https://github.com/memtx-minimal/memtx-minimal"  # stood here once
+
+
+def test_where_pages_shows_the_book():
+    assert sync.site("https://github.com/Some-One/Book") == "https://some-one.github.io/Book/"
+    assert sync.site("https://github.com/Me/me.github.io") == "https://me.github.io/"
+
+
+@pytest.fixture
+def placeholder(tree):
+    """The tree before the project has its address."""
+    edit(tree / "pyproject.toml", "someone", "some_one")
+    sync.sync(tree)
+    assert sync.sync(tree, check=True) == ([], [])
+    return tree
+
+
+def run_first_cell(tree, monkeypatch, installed, host=""):
+    """Run the cell that installs, on a machine that has the package or has it not.
+
+    Returns the commands that it ran."""
+    ran, find = [], (lambda name: object()) if installed else (lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    monkeypatch.setattr(subprocess, "check_call", ran.append)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
+    if host == "colab":
+        monkeypatch.setitem(sys.modules, "google.colab", sys)
+    if host == "kaggle":
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    exec(read_cells(tree)[1].source, {})
+    return ran
+
+
+@pytest.mark.parametrize("host", ["colab", "kaggle"])
+def test_with_an_address_the_release_is_installed(tree, monkeypatch, host):
+    ((*pip, dependency, package),) = run_first_cell(tree, monkeypatch, False, host)
+    assert pip[:4] == [sys.executable, "-m", "pip", "install"] and "--no-deps" in pip
+    assert package == f"git+{URL}@v1.2.0"
+
+
+def test_a_notebook_downloaded_alone_says_what_to_install(tree, monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install git\+{URL}@v1.2.0"):
+        run_first_cell(tree, monkeypatch, installed=False)
+
+
+def test_badges_open_the_release(tree):
+    text = read_cells(tree)[0].source
+    assert text.count("(https://") == 4
+    assert text.count("someone/somewhere/blob/v1.2.0/notebooks/01_tiny.ipynb") == 2
+    assert "someone/somewhere/raw/v1.2.0/notebooks/01_tiny.ipynb" in text
+    assert "https://codespaces.new/someone/somewhere)" in text
+
+
+@pytest.mark.parametrize("host", ["", "colab", "kaggle"])
+def test_without_an_address_nothing_is_installed(placeholder, monkeypatch, host):
+    with pytest.raises(ModuleNotFoundError, match="no public address yet"):
+        run_first_cell(placeholder, monkeypatch, False, host)
+    assert "subprocess" not in read_cells(placeholder)[1].source
+
+
+def test_without_an_address_nothing_leads_there(placeholder):
+    for copy in ("README.md", "notebooks/01_tiny.py", "notebooks/01_tiny.ipynb"):
+        text = sync.read(placeholder / copy)
+        assert "no public address yet" in text
+        assert "http" not in text
+
+
+@pytest.mark.parametrize("host", ["", "colab", "kaggle"])
+@pytest.mark.parametrize("where", ["tree", "placeholder"])
+def test_where_it_is_installed_the_first_cell_does_nothing(
+    where, host, request, monkeypatch
+):
+    tree = request.getfixturevalue(where)
+    assert not run_first_cell(tree, monkeypatch, True, host)
 
 
 def test_a_drifted_badge(tree):
