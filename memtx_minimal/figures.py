@@ -15,6 +15,9 @@ from PIL import Image as Picture
 STYLE = Path(__file__).with_name("memtx.mplstyle")
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#d0d0d0"
 DARK_GREY = "#8a8a8a"
+COLOUR = {  # of each model, in the whole book
+    "vanilla": BLUE, "Transformer-XL": ORANGE, "Compressive": GREEN, "Feedback": PINK,
+}  # fmt: skip
 
 
 def use_style():
@@ -79,12 +82,13 @@ def band(axes, x, values, label="{} recorded seeds"):
     _legend(axes)
 
 
-def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
+def points(axes, values, seeds=None, *, xlabel, number="{:.2f}", colors=None):
     """One value a label, on a line of its own, with its number: values is {label:
     value}.
 
     seeds is {label: (S,)}, the values of recorded seeds: grey strokes, and what they
-    span. The axis need not begin at zero."""
+    span. colors is {label: colour}, blue where it says nothing. The axis need not begin
+    at zero."""
     for row, (label, value) in enumerate(values.items()):
         some = np.asarray((seeds or {}).get(label, ()))
         if len(some):
@@ -99,7 +103,8 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}"):
                 markersize=16, zorder=1.2, label=name,
             )  # fmt: skip
         name = "this run" if not row else None
-        axes.plot(value, row, "o", color=BLUE, markersize=7, label=name)
+        color = (colors or {}).get(label, BLUE)
+        axes.plot(value, row, "o", color=color, markersize=7, label=name)
         axes.annotate(
             number.format(value), (value, row), xytext=(0, 11),
             textcoords="offset points", ha="center",
