@@ -58,7 +58,7 @@ class RelativeAttention(nn.Module):
         self.n_heads, d_head = n_heads, d_model // n_heads
         self.query = nn.Linear(d_model, d_model, bias=False)
         self.key_value = nn.Linear(d_model, 2 * d_model, bias=False)
-        self.position = nn.Linear(d_model, d_model, bias=False)  # W_R
+        self.position = nn.Linear(d_model, d_model, bias=False)  # W_{k,R}
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.u = nn.Parameter(torch.zeros(n_heads, 1, d_head))
         self.v = nn.Parameter(torch.zeros(n_heads, 1, d_head))
