@@ -96,7 +96,7 @@ def check_sliding(my_sliding, model, stream):
             losses.append(F.cross_entropy(logits.cpu(), target.cpu()).item())
         mine, right = float(my_sliding(model, stream, n)), sum(losses) / n
         if not abs(mine - right) < 1e-3:
-            why = "character 64 is the first with 63 before the one that predicts it"
+            why = "character 64 is the first that has 64 before it"
             raise AssertionError(f"n = {n}: {mine:.4f}, not {right:.4f}: {why}")
     print("right")
 

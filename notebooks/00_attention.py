@@ -22,7 +22,7 @@
 # %% [markdown]
 # The four papers of this book change one thing about the transformer: what it remembers. To see what
 # they change, you need the transformer itself. This chapter builds it, from a line of text to a model
-# that writes Shakespeare-like verse, and ends with the question that the rest of the book answers:
+# that writes Shakespeare-like lines, and ends with the question that the rest of the book answers:
 # **what does it not remember?**
 #
 # **When you have read it, you can**
@@ -80,6 +80,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `B` | batch: texts side by side | `H` | attention heads |
 # | `T` | tokens in the segment | `d_model` | width of a hidden state |
 # | `L` | layers | `d_head` | width of a head, `d_model / H` |
+# | `d_ff` | width inside the feed-forward | | |
 #
 # (A *segment* is the piece of text that is read at once. In this chapter it is all that the model sees, and
 # is also called the *window*. A *hidden state*, or state for short, is the vector of a token somewhere in the
@@ -121,7 +122,7 @@ for n in range(4):
 # *nats* per character. Papers on characters use the logarithm to base 2 instead and speak of *bits*;
 # a nat is $1 / \ln 2$, about 1.44 bits.
 #
-# Three models that need no training set the scale. The first gives all characters the same
+# Three simple models, which only count, set the scale. The first gives all characters the same
 # probability. The second knows how often each occurs. The third knows, for each character, how often
 # each other one follows it.
 
@@ -275,7 +276,7 @@ assert torch.equal(changed[:-1], out[:-1]) and not torch.equal(changed[-1], out[
 # **heads**. Each works on `d_head = d_model / H` numbers of its own, so `H` heads cost as much as one
 # large one. What they found is joined again, and a last matrix mixes it.
 #
-# In code, no loop over the heads is needed. The last dimension is cut in `H` parts, and the heads
+# In code, no loop over the heads is needed. The last dimension is cut into `H` parts, and the heads
 # become part of the batch. Watch the shapes:
 
 # %%
@@ -285,13 +286,14 @@ step_1 = x.unflatten(-1, (H, d_model // H))
 step_2 = step_1.transpose(1, 2)
 back = step_2.transpose(1, 2).flatten(2)
 print("a vector a token      ", tuple(x.shape), "       (B, T, d_model)")
-print("cut in heads          ", tuple(step_1.shape), "     (B, T, H, d_head)")
+print("cut into heads        ", tuple(step_1.shape), "     (B, T, H, d_head)")
 print("heads before positions", tuple(step_2.shape), "     (B, H, T, d_head)")
 print("and joined again      ", tuple(back.shape), "       (B, T, d_model)")
 assert torch.equal(back, x)
 
 # %% [markdown]
-# Now PyTorch's matrix product works on the last two dimensions, `T` and `d_head`, for each text and
+# In the model it is the queries, keys and values that are cut into heads, and each of them is computed from the whole state.
+# PyTorch's matrix product then works on the last two dimensions, `T` and `d_head`, for each text and
 # each head by itself. The class below does just that. One matrix, `query_key_value`, makes queries,
 # keys and values of all heads in one product. For the rest, PyTorch has a function,
 # `scaled_dot_product_attention`: scores, division, mask, softmax and mean in one. It gives what
@@ -341,21 +343,22 @@ assert difference < 1e-6
 # %% [markdown]
 # ## 0.4 A layer
 #
-# Attention moves information *between* tokens. To work with what it brought, each token also gets
-# a small network of its own, the same for all positions: the **feed-forward**, two matrices with a
+# Attention moves information *between* tokens. To work with what it brought, each token also passes, by
+# itself, through a small network, the same for all tokens: the **feed-forward**, two matrices with a
 # ReLU between them,
 #
 # $$
 # \text{FF}(x) = W_2 \max(0, W_1 x + b_1) + b_2 .
 # $$
 #
-# Two more things make it possible to stack such layers. The first is the **residual connection**: a
+# Attention and feed-forward are the two **blocks** of a layer. Two more things make it possible to stack such
+# layers. The first is the **residual connection**: a
 # block does not replace the state $x$ of a token, it *adds* to it, $x + \text{block}(x)$. An untrained
-# layer then hands on what it got, and the gradient has a way back past every block. The second is
+# layer then hands on what it got, plus a little, and the gradient has a way back past every block. The second is
 # the **layer norm**. Since every block adds, states grow. The norm gives each block inputs of the same
-# size: it subtracts the mean of the $d$ numbers of a state, divides by their standard deviation, and
-# then applies a learned factor and shift to each number. It stands *before* each block, inside the
-# branch (pre-norm, or pre-LN).
+# size: it subtracts the mean of the `d_model` numbers of a state, divides by their standard deviation, and
+# then applies a learned factor and shift to each number. It stands *before* each block, and what
+# is added to is the state as it was (pre-norm, or pre-LN).
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
@@ -409,15 +412,19 @@ def through_twelve(kind):
     cosines = direction @ direction.mT  # (B, T, T)
     others = ~torch.eye(64, dtype=torch.bool)
     added = [(stack(size * x) - size * x).std().item() for size in (1, 100)]
-    return cosines[:, others].mean().item(), *added
+    return [cosines[:, others].mean().item(), *added]
 
 
-twelve = {kind.__name__: through_twelve(kind) for kind in (Layer, WithoutResidual)}
-twelve["WithoutNorm"] = through_twelve(WithoutNorm)
+kinds = Layer, WithoutResidual, WithoutNorm
+twelve = {kind.__name__: through_twelve(kind) for kind in kinds}
+twelve["WithoutResidual"][1:] = math.nan, math.nan  # there, nothing is added
 figures.table(
     "12 untrained layers",
     ["", "cosine between tokens", "added to states of size 1", "of size 100"],
-    [[name, *(f"{x:.2f}" for x in row)] for name, row in twelve.items()],
+    [
+        [name, *("–" if math.isnan(x) else f"{x:.2f}" for x in row)]
+        for name, row in twelve.items()
+    ],
 )
 assert twelve["Layer"][0] < 0.5 and twelve["WithoutResidual"][0] > 0.99
 assert twelve["Layer"][2] < 2 and twelve["WithoutNorm"][2] > 100
@@ -430,7 +437,8 @@ assert twelve["Layer"][2] < 2 and twelve["WithoutNorm"][2] > 100
 #
 # ## 0.5 Where a token stands
 #
-# Attention, as it is now, does not see order. Shuffle the earlier tokens, and the last one collects
+# Each kind of token has a learned vector of `d_model` numbers, its **embedding** (a row of PyTorch's
+# `nn.Embedding`): that is the first state of the token. Attention, as it is now, does not see the order of these states. Shuffle the earlier tokens, and the last one collects
 # the same mean:
 
 # %%
@@ -441,8 +449,9 @@ print(f"the last token notices the shuffle: {bool(difference > 1e-6)}")
 assert difference < 1e-6
 
 # %% [markdown]
-# To this model *dog bites man* is *man bites dog*. So each position gets a vector too, which is added
-# to the one of the character. The original transformer takes sines and cosines of the position $p$,
+# To one layer of attention, *dog bites man!* and *man bites dog!* are the same at the last token. (A stack of
+# layers can guess something of the order from the mask.) So each position gets a vector too, which is added
+# to the embedding. The original transformer takes sines and cosines of the position $p$,
 # at $d_{\text{model}} / 2$ speeds from fast to slow:
 #
 # $$
@@ -476,7 +485,7 @@ for distance in (0, 1, 8):
 figure, axes = plt.subplots(1, 2, figsize=(6.8, 3.2))
 figures.matrix(
     axes[0], U.T, xlabel="position (tokens)", ylabel="dimension",
-    title="sines above, cosines below",
+    title="sines, then cosines: yellow 1, blue -1",
 )  # fmt: skip
 image = figures.matrix(
     axes[1], alike, xlabel="position (tokens)", ylabel="position (tokens)",
@@ -496,8 +505,8 @@ figures.show(
 #
 # ### The whole model
 #
-# Characters and positions go in, `L` layers follow, and a last matrix, the **head**, makes one number
-# for each character of the vocabulary: the **logits**. Their softmax is the prediction. All models of
+# Characters and positions go in, `L` layers follow, then one more norm, and a last matrix, the **head** (not to be
+# confused with the heads of attention), makes one number for each character of the vocabulary: the **logits**. Their softmax is the prediction. All models of
 # this book are called in the same way, `logits, memory = model(tokens, memory)`. This one has no memory.
 # It takes `None` and returns `None`.
 
@@ -576,7 +585,8 @@ for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
 # %% [markdown]
 # ### The loop
 #
-# At its heart are five lines: predict, measure the loss, send it back, take a step, and pass the memory on.
+# At its heart are five lines: predict and pass the memory on, measure the loss, clear the gradients, send the loss
+# back, take a step.
 #
 # ```python
 # memory = None
@@ -602,7 +612,8 @@ for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
 # - `aux` are losses that a model adds of its own (chapter 2).
 # - `autocast` computes in 16 bits on a GPU.
 #
-# This is all of it, as it stands in `memtx_minimal/training.py`, but for its docstring. You may change it
+# This is the whole function, as it stands in `memtx_minimal/training.py`, but for its docstring; its helpers are in
+# the same file. You may change it
 # here; this notebook trains with the version below.
 
 # %% tags=["as-in-training", "band"]
@@ -691,14 +702,15 @@ text = training.generate(model, prompt, 300, temperature=0.8)
 print(corpus.vocab.decode(text))
 
 # %% [markdown]
-# It writes words, most of them English, and lines that look like a play. It does not know who
+# (The logits were divided by the `temperature` before the softmax; below 1, likely characters become likelier still.)
+# It writes words, many of them English, and lines that look like a play. It does not know who
 # speaks, or what was said.
 #
 # ## 0.7 The key-value cache
 #
-# How does `generate` work? It reads the text so far, draws the next character from the prediction,
+# How does `generate` work? It reads the text so far (at most the last `T` characters), draws the next character from the prediction,
 # appends it, and reads it all again. The states of the earlier characters are computed anew each time,
-# and come out the same each time, since the mask lets them see nothing new. That is a waste. What
+# and come out the same each time, as long as the text fits the window, since the mask lets them see nothing new. That is a waste. What
 # does the new character need of the earlier ones? Their keys and values, in each layer, and nothing
 # else. So keep these.
 
@@ -732,7 +744,7 @@ def empty_cache(model, B=1):
     return [(nothing, nothing) for _ in model.layers]
 
 # %% [markdown]
-# No mask is needed: there is one query, and all keys lie before it. Feed the trained model a window
+# No mask is needed: there is one query, and no key lies after it. Feed the trained model a window
 # character by character, and compare with reading it at once:
 
 # %%
@@ -804,14 +816,14 @@ figures.show(
 # ## 0.8 What does it not remember?
 #
 # And when the window is full? The cache cannot help. Its keys carry the positions at which they were
-# computed. Drop the oldest, and all others would stand one place too far back (exercise 4). The model
+# computed. Drop the oldest, and each of the others carries a position that is one too high (exercise 4). The model
 # can only start again, with a new window or with the last `T` characters moved to the front.
 #
 # So look at what a window costs. Here is the validation loss at each position, one window after the
 # other, as in training. One training proves little, since another seed starts from other weights.
 # So this one was run for five seeds beforehand, by the function `positions_of_seed`. Their curves are
 # drawn in grey: a *band*. Your run should lie in it, give or take a margin, since other machines round
-# differently and training makes much of that. All close comparisons of this book rest on such bands.
+# differently, and training amplifies that. All close comparisons of this book rest on such bands.
 
 # %% tags=["band"]
 def positions_of_seed(seed):
@@ -837,8 +849,8 @@ axes.legend()
 figures.show(
     figure,
     "At the first position of a window, where one character has been read, the loss is "
-    "half a nat higher than later. It falls over some eight positions, and then hardly "
-    "moves: the five recorded seeds and this run lie on each other.",
+    ".7 nats higher than later. It falls over three positions, and then hardly moves: "
+    "the five recorded seeds and this run lie on each other.",
 )
 
 # %%
@@ -856,8 +868,8 @@ assert first > late + 0.5 and abs(soon - late) < 0.1
 # %%
 with torch.inference_mode():
     after = []
-    for text in (corpus.train, corpus.valid[T:]):
-        model(text[None, :T].to(device))  # some past
+    for past in (corpus.train[:T], corpus.train[T : 2 * T]):
+        model(past[None].to(device))
         after.append(model(window)[0])
 print("the same after any past:", torch.equal(*after))
 assert torch.equal(*after)
@@ -906,8 +918,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # ## 0.9 What became of it
 #
 # The model of this chapter differs from a large language model of today in size, and in few
-# other things. Rotary embeddings have taken the place of added sinusoids; RMSNorm, a norm without mean
-# and shift, that of the layer norm; gated feed-forwards that of the ReLU. Several heads often share keys and
+# other things. Rotary embeddings have replaced added sinusoids; RMSNorm, which omits mean and shift, has replaced
+# the layer norm; gated feed-forwards have replaced those with a ReLU. Several heads often share keys and
 # values, to make the cache smaller. Causal attention, residuals, pre-norm and the cache have stayed.
 
 # %% [markdown]
@@ -916,28 +928,30 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # Each has a check that says `right`, or what it expected and what came. The solutions are below.
 #
 # **1.** *(10 minutes)* Write `my_attention(q, k, v)`, `(T, d)` each, for one query at a time and without a
-# mask: query `t` gets only the keys that it may see. Check it with `exercises.check_attention`.
+# mask: query `t` gets only the keys that it may see. Check it with `exercises.check_attention(my_attention)`.
 #
 # **2.** *(10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its cache in numbers
 # of 2 bytes. Write `my_cache(T, B, n_kv_heads)`, the bytes of the cache of `B` texts of `T` tokens, if
 # only `n_kv_heads` of the 32 heads have keys and values of their own, which the others share. How
 # many texts of 100,000 tokens fit into 80 GB with 32 of them, how many with 8? Check it with
-# `exercises.check_cache`.
+# `exercises.check_cache(my_cache)`.
 #
-# **3.** *(20 minutes)* The vector of position $p + k$ is that of position $p$, turned: $U_{p+k} = U_p \, A_k$
-# with the same matrix $A_k$ for all $p$. Write `my_turn(k, d_model)`, the matrix $A_k$
+# **3.** *(20 minutes)* The vector of position $p + n$ is that of position $p$, turned: $U_{p+n} = U_p \, W_n$
+# with the same matrix $W_n$ for all $p$. Write `my_turn(n, d_model)`, the matrix $W_n$
 # `(d_model, d_model)`. (The sines and cosines of a sum; each speed has an angle of its own.) Check it with
-# `exercises.check_turn`.
+# `exercises.check_turn(my_turn)`.
 #
 # **4.** *(15 minutes)* Show that the cache cannot slide. Fill a cache with the 64 characters of a window,
 # drop the oldest key and value in each layer, and feed one more character. Write `my_slide(tokens)`,
 # tokens `(1, 65)`, that returns the logits so obtained, and compare them with those of the model on
 # the last 64 characters. Why do they differ, apart from the positions? Check it with
-# `exercises.check_slide`.
+# `exercises.check_slide(my_slide, model)`.
 #
 # **5.** *(15 minutes)* Whose fault is the blind start? Write `my_sliding(model, stream, n)`, the mean
-# loss of the first `n` characters that have 63 before them, each predicted as the *last* of its own
-# window. Compare with the validation loss of section 0.6. What does it cost? Check it with `exercises.check_sliding`.
+# loss of the first `n` characters that have 64 before them, each predicted from those 64. Check it with
+# `exercises.check_sliding(my_sliding, model, corpus.valid)`. For `n = 6400`, compare with the loss of the same
+# characters in windows side by side, `training.token_losses(model, corpus.valid[: n + 65], batch_size=1,
+# segment_len=64)[0, 63 : n + 63].mean()`. What is gained, and what does it cost?
 
 # %% [markdown]
 # <details><summary>Solution 1</summary>
@@ -960,7 +974,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 #     return 2 * 32 * B * T * n_kv_heads * (4096 // 32) * 2
 # ```
 #
-# With 32 heads a text of 100,000 tokens takes 52 GB, so one fits; with 8 it takes 13 GB, and six fit.
+# With 32 heads a text of 100,000 tokens takes 52 GB, so one fits; with 8 it takes 13 GB, and six fit. (The weights, about
+# $12 \cdot 32 \cdot 4096^2$ numbers, take 13 GB too.)
 #
 # </details>
 
@@ -970,9 +985,9 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # With $\sin(a + b) = \sin a \cos b + \cos a \sin b$ and $\cos(a + b) = \cos a \cos b - \sin a \sin b$:
 #
 # ```python
-# def my_turn(k, d_model):
+# def my_turn(n, d_model):
 #     half = d_model // 2
-#     angle = k / 10_000 ** (torch.arange(half) / half)
+#     angle = n / 10_000 ** (torch.arange(half) / half)
 #     sin, cos = angle.sin().diag(), angle.cos().diag()
 #     return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
 # ```
@@ -990,6 +1005,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 #         one_more(model, token, cache)
 #     cache[:] = [(k[:, :, 1:], v[:, :, 1:]) for k, v in cache]
 #     return one_more(model, tokens[:, 64:], cache)
+#
+# anew = model(tokens[:, 1:])[0][:, -1]  # (1, vocab_size): compare with my_slide(tokens)
 # ```
 #
 # `one_more` takes the number of cached tokens, 63, for the new position, but the last cached key stands
@@ -1010,8 +1027,9 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 #     return F.cross_entropy(logits, stream[64 : n + 64].to(device)).item()
 # ```
 #
-# The loss is lower, for every character has a full past. But the model reads 64 characters to predict
-# one: it is 64 times as slow.
+# Every character has a full past now. What is gained is the blind start of each window, .7 nats at one position in 64 and
+# less at the next two: one or two hundredths of a nat in the mean. But the model reads 64 characters to predict one, so
+# it is 64 times as slow.
 #
 # </details>
 

@@ -138,8 +138,8 @@ figures.show(
 figures.show(
     frame("Evaluation: what follows token 10?", 9, 12, 12),
     "In evaluation the vanilla model computes the four tokens of a window anew to "
-    "predict what follows token 10; Transformer-XL has computed its segment once, and the "
-    "mask makes it answer for all four.",
+    "predict what follows token 10; Transformer-XL has computed its segment once, and "
+    "the mask makes it answer for all four.",
 )
 
 # %% [markdown]
