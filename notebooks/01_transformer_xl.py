@@ -135,6 +135,8 @@ figures.show(
     "In training, segment 3 of the vanilla model sees nothing outside itself; that of "
     "Transformer-XL reads all layers of segment 2 from memory, and segment 1 is grey.",
 )
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 figures.show(
     frame("Evaluation: what follows token 10?", 9, 12, 12),
     "In evaluation the vanilla model computes the four tokens of a window anew to "
