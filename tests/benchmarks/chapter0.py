@@ -1,4 +1,4 @@
-"""The engine room: what checks cost, what a checkpointed training costs, what an import costs."""
+"""Chapter 0 and the engine room: what checks cost, what a checkpointed training costs, what an import costs."""
 
 import subprocess
 import sys
@@ -103,5 +103,13 @@ ROWS = [
         "compares": "a fresh Python that imports the package alone, or every module; seconds",
         "sides": imports,
         "reach": ["package <= 3", "everything"],
+    },
+    {
+        "name": "notebook-00",
+        "compares": "the notebook from top to bottom: minutes, and the peak of the resident "
+        "memory of its kernel and what that starts",
+        "sides": lambda: [lambda: sides.notebook("00_attention")],
+        "reach": ["minutes <= 2", "GiB <= 1"],
+        "rounds": 1,
     },
 ]

@@ -138,14 +138,14 @@ ROWS = [
         "compares": f"{STEP}: TransformerXL and labml-nn 0.5.1's Transformer-XL, both with a full memory of 64; "
         "labml-nn's learned tables of 8192 positions are part of its step, as in its own experiment",
         "sides": against_labml,
-        "reach": ["labml / ours >= 2.2"],
+        "reach": ["labml / ours >= 1.8"],
         "public": True,
     },
     {
         "name": "xl-train-vanilla",
         "compares": f"{STEP}: TransformerXL with a full memory of 64 and VanillaTransformer, which has none",
         "sides": against_vanilla,
-        "reach": ["ours / vanilla <= 1.6"],
+        "reach": ["ours / vanilla <= 1.5"],
     },
     {
         "name": "xl-eval",
@@ -168,14 +168,14 @@ ROWS = [
         "compares": "validation loss in nats per character after a minute of memtx_minimal.training.train on Tiny Shakespeare, as many steps as fit; "
         "d_model 96, 4 heads, 3 layers, d_ff 384, T 32, memory 32, batch 32",
         "sides": lambda: [learn],
-        "reach": ["nats <= 1.72", "seconds <= 60"],
+        "reach": ["nats <= 1.65", "seconds <= 60"],
         "rounds": 1,
     },
     {
         "name": "notebook-01",
         "compares": "the notebook from top to bottom: minutes, and the peak of the resident memory of its kernel and what that starts",
         "sides": lambda: [lambda: notebook("01_transformer_xl")],
-        "reach": ["minutes <= 8", "GiB <= 2"],
+        "reach": ["minutes <= 6", "GiB <= 1"],
         "rounds": 1,
     },
 ]
