@@ -187,6 +187,7 @@ MODULES = {  # chapters whose code stands in more than the one file that is name
     "feedback_by_hand": ["fast_feedback"],
 }
 CELLS = {"badges": badges, "colab-install": colab_install}
+PICTURES = {"readme-figure": "readme.png", "front-figure": "answers.png"}  # by the tag of the cell that shows it
 BLOCKS = {"badges": readme_badges, "links": readme_links, "clone": readme_clone}  # in README.md, from <!-- sync: NAME --> to <!-- end -->
 LINES = {  # in other files: what stands before the value, and which value it is
     "CITATION.cff": {"repository-code: ": "url", "version: ": "version"},
@@ -396,9 +397,9 @@ def write(path, content):
     os.replace(part, path)
 
 
-def readme_figure(nb):
-    """The picture that the cell tagged readme-figure shows, as PNG bytes; None if there is none."""
-    outputs = [out for _, cell in tagged(nb, "readme-figure") for out in cell.outputs]
+def picture(nb, tag):
+    """The picture that the cell with this tag shows, as PNG bytes; None if there is none."""
+    outputs = [out for _, cell in tagged(nb, tag) for out in cell.outputs]
     pictures = [out.data["image/png"] for out in outputs if "image/png" in out.get("data", {})]
     return base64.b64decode(pictures[0]) if pictures else None
 
@@ -430,11 +431,12 @@ def sync(root=ROOT, check=False, take=()):
             last_synced(py).parent.mkdir(exist_ok=True)
             write(last_synced(py), percent(nb))
         drift += changes
-        picture, copy = readme_figure(nb), root / "book" / "_static" / "readme.png"
-        if picture and (not copy.exists() or copy.read_bytes() != picture):
-            drift.append(f"{copy.name} is not the figure that {name} shows")
-            if not check:
-                write(copy, picture)
+        for tag, file in PICTURES.items():
+            shown, copy = picture(nb, tag), root / "book" / "_static" / file
+            if shown and (not copy.exists() or copy.read_bytes() != shown):
+                drift.append(f"{copy.name} is not the figure that {name} shows")
+                if not check:
+                    write(copy, shown)
     for path in [root / "README.md", *(root / file for file in LINES)]:
         text, changes, faults = sync_text(path, here, names)
         if changes and not check:

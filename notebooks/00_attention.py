@@ -884,7 +884,7 @@ assert torch.equal(*after)
 # A longer window is the plain remedy, and it is dear: attention compares every token with all before it, and
 # the cache grows with every token. The four papers of this book each give another answer.
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
+# %% jupyter={"source_hidden": true} tags=["hide-input", "front-figure"]
 figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 
 # %% [markdown]

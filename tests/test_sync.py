@@ -502,12 +502,13 @@ def test_a_readme_without_its_markers(tree):
     assert "0 blocks from '<!-- sync: links -->'" in sync.sync(tree, check=True)[1][0]
 
 
-def test_the_readme_shows_what_the_notebook_shows(tree):
+@pytest.mark.parametrize("tag, file", sync.PICTURES.items())
+def test_the_front_pages_show_what_the_notebook_shows(tree, tag, file):
     picture = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw=="})
-    figure = nbformat.v4.new_code_cell("draw()", metadata={"tags": ["readme-figure"]}, outputs=[picture])
+    figure = nbformat.v4.new_code_cell("draw()", metadata={"tags": [tag]}, outputs=[picture])
     edit_cells(tree, lambda cells: [*cells, figure])
     (tree / "book/_static").mkdir()
-    assert sync.sync(tree, check=True)[0] == ["readme.png is not the figure that 01_tiny shows"]
+    assert sync.sync(tree, check=True)[0] == [f"{file} is not the figure that 01_tiny shows"]
     sync.sync(tree)
-    assert (tree / "book/_static/readme.png").read_bytes() == b"\x89PNG"
+    assert (tree / "book/_static" / file).read_bytes() == b"\x89PNG"
     assert sync.sync(tree, check=True) == ([], [])
