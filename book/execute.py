@@ -120,8 +120,12 @@ def main():
     _, broken = sync.sync()
     if broken:
         sys.exit("\n".join(broken))
-    words = sys.argv[1:]  # all notebooks, or those whose names hold one of these words
-    names = [n for n in sync.notebooks() if not words or any(w in n for w in words)]
+    words = sys.argv[1:]  # all notebooks, or those of these: 03, a, 03_feed, reformer
+    names = [
+        name
+        for name in sync.notebooks()
+        if not words or any(name.startswith(w) or w in name.split("_") for w in words)
+    ]
     for i, name in enumerate(names, 1):
         path = sync.ROOT / "notebooks" / f"{name}.ipynb"
         refresh(path, f"notebook {i} of {len(names)}  {name}")
