@@ -33,7 +33,7 @@
 #
 # **You need** PyTorch: tensors, `nn.Module`, `backward`. You need not know transformers.
 #
-# **Time and memory.** An hour to read, about 2 minutes and 1 GiB to run on two CPU cores. The last
+# **Time and memory.** An hour to read, about a minute and half a GiB to run on two CPU cores. The last
 # cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
@@ -1047,4 +1047,5 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # %%
 minutes = (time.perf_counter() - started) / 60
 peak = measure.process_peak_bytes() / 2**30
-print(f"this run: {minutes:.1f} minutes, peak memory {peak:.2f} GiB, text: {corpus.name}")
+print(f"this run: {minutes:.1f} minutes, peak memory {peak:.2f} GiB,", end=" ")
+print(f"text: {corpus.name}")

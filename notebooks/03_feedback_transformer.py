@@ -1083,8 +1083,8 @@ assert torch.equal(one, again)  # going on twice from one memory is safe
 #
 # How long does one more token take, after $n$ others? Four ways: Feedback from its vectors; Feedback
 # from its cache; a vanilla transformer of the same size with a cache of its own; and one that reads all
-# $n$ tokens again, as one must where a model returns no memory. Vanilla's cache is quickly written (here
-# without any limit on its length):
+# $n$ tokens again, as one must where a model returns no memory. Vanilla's cache is that of chapter 0, with keys and
+# values in one tensor:
 
 # %%
 @torch.inference_mode()
