@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from memtx_minimal import tasks
+from memtx_minimal.compressive_transformer import LOSSES, CompressiveTransformer
 from memtx_minimal.feedback_transformer import step
 from memtx_minimal.reformer import in_set
-from memtx_minimal.transformer_xl import attention_mask, distances
+from memtx_minimal.transformer_xl import (
+    RelativeAttention,
+    attention_mask,
+    distances,
+)
 from memtx_minimal.vanilla_transformer import sinusoid
 
 # ---------------------------------------------------------------- chapter 0
@@ -223,6 +228,143 @@ def check_through(model):
         why = "the first segment gets none: is `detach` gone?" if cut else "they differ"
         expected = "two segments should give the gradient of one long window"
         raise AssertionError(f"{expected}: {why}")
+    print("right")
+
+
+# ---------------------------------------------------------------- chapter 2
+
+
+def check_slot(my_slot):
+    """Chapter 2, exercise 1."""
+    for T, M, C, c in [(3, 6, 6, 3), (4, 8, 4, 2), (4, 4, 3, 4), (2, 6, 5, 1)]:
+        compressed, memory = [], []
+        for n in range(T, 20 * T + 1, T):
+            memory += [[t] for t in range(n - T, n)]
+            while len(memory) > M:
+                compressed.append(sum(memory[:c], []))
+                memory = memory[c:]
+            row = compressed[-C:] + memory
+            for slot in range(C + M) if len(row) == C + M else ():
+                case, mine = (slot, n, M, C, c), list(my_slot(slot, n, M, C, c))
+                if mine != row[slot]:
+                    raise AssertionError(f"my_slot{case} is {mine}, not {row[slot]}")
+    print("right")
+
+
+def moved(compression, loss, n_pieces):
+    """The parts of a small CompressiveTransformer that a step of training moves."""
+    slots = dict(mem_len=4, compressed_len=4, compression_rate=2)
+    how = dict(compression=compression, loss=loss)
+    model = CompressiveTransformer(10, 16, 2, 2, 32, **slots, **how)
+    tokens = torch.randint(10, (2, 16 + 4 * n_pieces))
+    _, memory, *_ = model(tokens[:, :16])
+    logits, _, *aux = model(tokens[:, 16:], memory)
+    sum(aux, F.cross_entropy(logits.flatten(0, 1), tokens[:, 16:].flatten())).backward()
+    parts = set()
+    for name, p in model.named_parameters():
+        if p.grad is not None and p.grad.any():
+            inner = "layers" if name.startswith("layers.") else "embedding, head"
+            inner = "f_c" if ".compress." in name else inner
+            parts.add("g" if ".decode." in name else inner)
+    return parts
+
+
+def check_moved(my_moved):
+    """Chapter 2, exercise 2."""
+    for compression in ("conv", "dilated", "max", "mean", "most-used"):
+        for case in [(compression, loss, n) for loss in LOSSES for n in (1, 2)]:
+            mine, right = set(my_moved(*case)), moved(*case)
+            if mine != right:
+                raise AssertionError(
+                    f"my_moved{case} is {sorted(mine)}; training moves {sorted(right)}"
+                )
+    print("right")
+
+
+def check_even(my_even):
+    """Chapter 2, exercise 3."""
+    for T, n_remembered in [(1, 0), (3, 2), (24, 48)]:
+        right = torch.zeros(n_remembered + T)
+        for i in range(T):
+            right[: n_remembered + i + 1] += 1 / (n_remembered + i + 1) / T
+        mine = torch.as_tensor(my_even(T, n_remembered))
+        case = f"my_even({T}, {n_remembered})"
+        if mine.shape != right.shape:
+            shape = tuple(mine.shape)
+            raise AssertionError(f"{case}: {shape}; one share a slot: {len(right)}")
+        if not torch.allclose(mine.float(), right, atol=1e-6):
+            slot = (mine - right).abs().argmax().item()
+            why = f"slot {slot} gets {right[slot]:.4f}, not {mine[slot]:.4f}"
+            raise AssertionError(f"{case}: {why}; does each query's row sum to 1?")
+    print("right")
+
+
+def check_compression(f_c_class):
+    """Chapter 2, exercise 4: the newest of each group, and nothing else."""
+    for rate in (1, 2, 3):
+        old, f_c = torch.randn(2, 6 * rate, 8), f_c_class(8, rate)
+        try:
+            new = f_c(old, None)
+        except TypeError as error:
+            how = "forward(self, old, used=None): Memory hands it both"
+            raise AssertionError(f"{error}; write {how}") from error
+        right = old[:, rate - 1 :: rate]
+        if new.shape != right.shape:
+            shape = tuple(new.shape)
+            raise AssertionError(f"shape {shape}, should be {tuple(right.shape)}")
+        if torch.equal(new, right.flip(1)):
+            raise AssertionError("the groups are in reverse: the oldest comes first")
+        if not torch.equal(new, right):
+            raise AssertionError(f"rate {rate}: not the newest of each {rate}")
+    print("right")
+
+
+def check_ages(my_ages):
+    """Chapter 2, exercise 6: the mean age of the tokens in each slot."""
+    for T, M, C, c in [(2, 3, 2, 4), (3, 4, 5, 1), (1, 0, 2, 3), (4, 6, 0, 2)]:
+        slots = [range(c * n, c * n + c) for n in range(C)]  # tokens count from 0
+        slots += [range(n, n + 1) for n in range(c * C, c * C + M + T)]
+        now = torch.arange(T)[:, None] + c * C + M  # (T, 1)
+        right = now - torch.tensor([sum(s) / len(s) for s in slots])  # (T, K)
+        mine, case = torch.as_tensor(my_ages(T, M, C, c)), f"my_ages{T, M, C, c}"
+        if mine.shape != right.shape:
+            shape = f"{tuple(mine.shape)}, not (T, K) = {tuple(right.shape)}"
+            raise AssertionError(f"{case}: {shape}")
+        if wrong := ((mine - right).abs() > 1e-4).nonzero().tolist():
+            i, j = wrong[0]
+            what = f"query {i} is {right[i, j]:g} from key {j}, not {mine[i, j]:g}"
+            raise AssertionError(f"{case}: {what}")
+    print("right")
+
+
+@torch.no_grad()
+def check_scores(my_scores):
+    """Chapter 2, exercise 6: the terms with a distance, for any distances."""
+    generator = torch.Generator().manual_seed(0)
+    attention = RelativeAttention(16, 2, dropout=0.0)
+    attention.v.normal_(generator=generator)
+    q = torch.randn(2, 2, 3, 8, generator=generator)  # (B, H, T, d_head)
+    ages = 10 * torch.rand(3, 5, generator=generator)  # (T, K)
+    right = torch.empty(2, 2, 3, 5)
+    for i in range(3):
+        for j in range(5):
+            r = attention.heads(attention.position(sinusoid(ages[i, j : j + 1], 16)))
+            right[:, :, i, j] = ((q + attention.v)[:, :, i] * r[:, 0]).sum(-1) / 8**0.5
+    mine = my_scores(attention, q, ages)
+    if mine.shape != right.shape:
+        raise AssertionError(f"shape {tuple(mine.shape)}, not (B, H, T, K) = (2, 2, 3, 5)")
+    if not torch.allclose(mine, right, atol=1e-5):
+        i, j = ((mine - right).abs() > 1e-5).nonzero()[0].tolist()[-2:]
+        why = "it is (q + v) at i with W_R R at ages[i, j], divided by sqrt(d_head)"
+        raise AssertionError(f"query {i}, key {j}: {why}")
+    print("right")
+
+
+def check_twice(n_felt, T, L, M, C, C2, c):
+    """Chapter 2, exercise 7; n_felt counts the tokens that the last prediction feels."""
+    right = T + L * (M + c * C + c * c * C2)
+    if n_felt != right:
+        raise AssertionError(f"{n_felt} tokens are felt, T + L (M + cC + ccC2) is {right}")
     print("right")
 
 

@@ -251,6 +251,23 @@ def test_under_bptt_they_do():
     assert touched("bptt", which="logits") >= COMPRESS - {"memories.2.compress.kernel.bias"}
 
 
+def test_but_not_in_calls_of_one_piece():
+    """What f_c makes is read in the next call, and is detached by then."""
+    model, memory = make(loss="bptt").train(), None
+    for step in range(4):
+        logits, memory = model(tokens(2, 4, seed=step), memory)  # mem_len 4
+        logits.logsumexp(-1).sum().backward()
+    assert all(p.grad is None for p in model.memories.parameters())
+
+
+def test_what_pools_returns_a_loss_that_trains_nothing():
+    for compression in ("max", "mean", "most-used"):
+        model = make(compression=compression).train()
+        _, memory, _ = model(tokens(2, 12))
+        _, _, loss = model(tokens(2, 12, seed=2), memory)
+        assert loss > 0 and not loss.requires_grad
+
+
 def test_bptt_has_no_loss_of_its_own_and_leaves_no_graph():
     model, memory = make(loss="bptt").train(), None
     for _ in range(3):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from memtx_minimal import exercises, transformer_xl
+from memtx_minimal.compressive_transformer import MaxPooling
 from memtx_minimal.feedback_transformer import FeedbackTransformer, step
 from memtx_minimal.transformer_xl import (
     RelativeAttention,
@@ -16,7 +17,7 @@ from memtx_minimal.transformer_xl import (
     distances,
     rel_shift,
 )
-from memtx_minimal.vanilla_transformer import VanillaTransformer
+from memtx_minimal.vanilla_transformer import VanillaTransformer, sinusoid
 
 
 def attention(q, k, v, last=1, scale=True):
@@ -406,3 +407,117 @@ def test_through():
     exercises.check_through(names["Through"](**sizes))
     with pytest.raises(AssertionError, match="is `detach` gone?"):
         exercises.check_through(TransformerXL(**sizes))
+
+
+# ---------------------------------------------------------------- chapter 2
+
+
+def my_slot(slot, n, M, C, c):
+    if slot >= C:
+        return [n - M + slot - C]
+    first = n - M - c * (C - slot)
+    return list(range(first, first + c))
+
+
+def test_slot():
+    exercises.check_slot(my_slot)
+    with pytest.raises(AssertionError, match=r"my_slot\(0, 24, 6, 6, 3\) is \[3, 4, 5\], not \[0, 1, 2\]"):
+        exercises.check_slot(lambda slot, n, M, C, c: my_slot(slot, n + 3 * (slot < C), M, C, c))
+
+
+def my_moved(compression, loss, n_pieces):
+    moved = {"embedding, head", "layers"}
+    if compression in ("conv", "dilated") and loss is not None:
+        if loss != "bptt" or n_pieces > 1:
+            moved.add("f_c")
+    if loss == "auto-encoding":
+        moved.add("g")
+    return moved
+
+
+def test_moved():
+    exercises.check_moved(my_moved)
+    with pytest.raises(AssertionError, match=r"\('conv', 'bptt', 1\) is .*'f_c'.*; training moves \['emb"):
+        exercises.check_moved(lambda compression, loss, n: my_moved(compression, loss, 2))
+    with pytest.raises(AssertionError, match=r"'max', 'attention', 1\) is .*'f_c'"):
+        exercises.check_moved(lambda f_c, loss, n: my_moved("conv" if f_c == "max" else f_c, loss, n))
+
+
+def my_even(T, n_remembered):
+    seen = torch.ones(T, n_remembered + T).tril(n_remembered)
+    return (seen / seen.sum(dim=1, keepdim=True)).mean(dim=0)
+
+
+def test_even():
+    exercises.check_even(my_even)
+    with pytest.raises(AssertionError, match=r"my_even\(3, 2\): slot 4 gets 0.0667, not 0.2000"):
+        exercises.check_even(lambda T, n: torch.ones(n + T) / (n + T))
+    with pytest.raises(AssertionError, match="one share a slot: 5"):
+        exercises.check_even(lambda T, n: my_even(T, n)[:4])
+
+
+def test_compression():
+    class Newest(MaxPooling):
+        def forward(self, old, used=None):
+            return old[:, self.rate - 1 :: self.rate]
+
+    class Oldest(MaxPooling):
+        def forward(self, old, used=None):
+            return old[:, :: self.rate]
+
+    class Backwards(MaxPooling):
+        def forward(self, old, used=None):
+            return old.flip(1)[:, :: self.rate]
+
+    class Alone(MaxPooling):
+        def forward(self, old):
+            return old[:, self.rate - 1 :: self.rate]
+
+    class Whole(MaxPooling):
+        def forward(self, old, used=None):
+            return old
+
+    exercises.check_compression(Newest)
+    for wrong, why in [
+        (Oldest, "rate 2: not the newest of each 2"), (Backwards, "in reverse"),
+        (Alone, "used=None"), (Whole, "should be"),
+    ]:  # fmt: skip
+        with pytest.raises(AssertionError, match=why):
+            exercises.check_compression(wrong)
+
+
+def my_ages(T, M, C, c):
+    newest = M + 1 + torch.arange(T)[:, None]
+    groups = c * torch.arange(C - 1, -1, -1) + (c - 1) / 2
+    return torch.cat([newest + groups, distances(T, M)], dim=1)
+
+
+def test_ages():
+    exercises.check_ages(my_ages)
+    with pytest.raises(AssertionError, match=r"my_ages\(2, 3, 2, 4\): query 0 is 9.5 from key 0, not 5"):
+        exercises.check_ages(lambda T, M, C, c: distances(T, M + C))
+    with pytest.raises(AssertionError, match=r"not \(T, K\) = \(2, 7\)"):
+        exercises.check_ages(lambda T, M, C, c: my_ages(T, M, C, c).T)
+
+
+def my_scores(attention, q, ages):
+    R = sinusoid(ages.flatten(), q.size(1) * q.size(3))
+    r = attention.heads(attention.position(R)).unflatten(1, ages.shape)
+    return q.size(-1) ** -0.5 * torch.einsum("bhtd,htkd->bhtk", q + attention.v, r)
+
+
+def test_scores():
+    exercises.check_scores(my_scores)
+    for wrong, why in [
+        (lambda attention, q, ages: my_scores(attention, q - attention.v, ages), r"query 0, key 0: it is \(q \+ v\)"),
+        (lambda attention, q, ages: my_scores(attention, q, ages[:1].expand(3, 5)), "query 1, key 0"),
+        (lambda attention, q, ages: my_scores(attention, q, ages).mT, r"not \(B, H, T, K\)"),
+    ]:  # fmt: skip
+        with pytest.raises(AssertionError, match=why):
+            exercises.check_scores(wrong)
+
+
+def test_twice():
+    exercises.check_twice(4 + 2 * (4 + 2 * 2 + 4 * 2), 4, 2, 4, 2, 2, 2)
+    with pytest.raises(AssertionError, match="28 tokens are felt, .* is 36"):
+        exercises.check_twice(28, 4, 2, 4, 2, 2, 2)
