@@ -288,6 +288,8 @@ def four_answers():
     title = "4 Reformer: a long window, and only what is alike"
     unrolled(axes[4], 2, 12, now=range(12), sees=sees, title=title)
     colors = [(BLUE, ORANGE, GREEN)[n] for n in alike]
+    for line in axes[4].lines:  # from a token of this colour, to one
+        line.set_color(colors[line.get_xdata()[0]])
     for layer in range(3):
         axes[4].scatter(range(12), [layer] * 12, s=60, color=colors, zorder=3)
     return figure

@@ -35,7 +35,7 @@ def sinusoid(distance, d_model):
     """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: not learned."""
     inputs.check_even("d_model", d_model)
     evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=distance.device)
-    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), in units of 2 * pi
     angles = distance[:, None] / wavelengths  # in float32, whatever the model's dtype
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

@@ -61,7 +61,7 @@ def sinusoid(positions, d_model):
     et al., section 3.5."""
     inputs.check_even("d_model", d_model)
     evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
-    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), in units of 2 * pi
     angles = positions[:, None] / wavelengths  # in float32, whatever the model's dtype
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

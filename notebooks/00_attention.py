@@ -153,8 +153,8 @@ figures.table(
 
 # %% [markdown]
 # (The 0.01 gives pairs that never occur in the training text a small probability, so that the loss
-# stays finite.) To know the last character is worth a lot. To know what came before it is worth more;
-# but a table of all three-character contexts is 65 times as large as one of two, and one of ten
+# stays finite.) Knowing the last character is worth a lot. Knowing what came before it is worth more; but with each
+# further character of context the table gets 65 times as large, and one for contexts of ten
 # characters could never be filled. A model has to *choose* what it looks at.
 #
 # ## 0.2 One query, by hand
@@ -229,8 +229,7 @@ figures.table(
 # ### All queries at once, and no look ahead
 #
 # Every token asks. Put the queries in the rows of a matrix $Q$, the keys in the rows of $K$ and
-# the values in the rows of $V$ (here, as in the papers, $K$ is the matrix of keys, not their
-# number), and all scores are one matrix product:
+# the values in the rows of $V$, and all scores are one matrix product:
 #
 # $$
 # \text{Attention}(Q, K, V) = \text{softmax}\left( \frac{Q K^\top}{\sqrt{d}} \right) V .
@@ -249,7 +248,7 @@ future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T): True where key > 
 
 
 def attend(Q, K, V):
-    """Causal attention of T queries to T keys: (T, d) each -> (T, d)."""
+    """Causal attention: Q, K, V (T, d) each -> weights (T, T), result (T, d)."""
     scores = Q @ K.T / d**0.5  # (T, T): a row for each query
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (T, T)
     return weights, weights @ V
@@ -298,7 +297,7 @@ assert torch.equal(back, x)
 # keys and values of all heads in one product. For the rest, PyTorch has a function,
 # `scaled_dot_product_attention`: scores, division, mask, softmax and mean in one. It gives what
 # `attend` gave, faster, since it never writes down the whole `T` by `T` matrix. (`dropout` sets
-# some weights to zero at random, in training only, which keeps a model from learning a small text by
+# some attention weights to zero at random, in training only, which keeps a model from learning a small text by
 # heart. In this chapter it is 0.)
 
 # %% tags=["from-module"]
@@ -354,11 +353,12 @@ assert difference < 1e-6
 # Attention and feed-forward are the two **blocks** of a layer. Two more things make it possible to stack such
 # layers. The first is the **residual connection**: a
 # block does not replace the state $x$ of a token, it *adds* to it, $x + \text{block}(x)$. An untrained
-# layer then hands on what it got, plus a little, and the gradient has a way back past every block. The second is
+# layer then hands on what it got and adds something to it, and the gradient has a way back past every block. The second is
 # the **layer norm**. Since every block adds, states grow. The norm gives each block inputs of the same
 # size: it subtracts the mean of the `d_model` numbers of a state, divides by their standard deviation, and
-# then applies a learned factor and shift to each number. It stands *before* each block, and what
-# is added to is the state as it was (pre-norm, or pre-LN).
+# then applies a learned factor and shift to each number. It stands *before* each block (pre-norm, or pre-LN), and
+# the block's output is added to the state without the norm: $x + \text{block}(\text{norm}(x))$. (`self.dropout`
+# does to the outputs of blocks what `dropout` did to attention weights.)
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
@@ -403,7 +403,8 @@ class WithoutNorm(Layer):
 # %%
 @torch.no_grad()
 def through_twelve(kind):
-    """How alike the tokens come out; what is added to states of size 1 and 100."""
+    """How alike the tokens come out; the size of what 12 layers add to states of size
+    1 and 100."""
     torch.manual_seed(SEED)
     sizes = dict(d_model=32, n_heads=4, d_ff=128, dropout=0.0)
     stack = nn.Sequential(*(kind(**sizes) for _ in range(12)))
@@ -415,7 +416,7 @@ def through_twelve(kind):
     return [cosines[:, others].mean().item(), *added]
 
 
-kinds = Layer, WithoutResidual, WithoutNorm
+kinds = nn.Identity, Layer, WithoutResidual, WithoutNorm  # Identity hands x on as it is
 twelve = {kind.__name__: through_twelve(kind) for kind in kinds}
 twelve["WithoutResidual"][1:] = math.nan, math.nan  # there, nothing is added
 figures.table(
@@ -430,10 +431,11 @@ assert twelve["Layer"][0] < 0.5 and twelve["WithoutResidual"][0] > 0.99
 assert twelve["Layer"][2] < 2 and twelve["WithoutNorm"][2] > 100
 
 # %% [markdown]
-# Without residuals each layer averages over the tokens and hands on nothing else. After twelve layers all
-# tokens are the same vector (a cosine of 1), and there is nothing left to learn from. Without norms a block
-# answers to large states with large changes, which make the states larger still. With both, a layer adds
-# about as much, whatever it gets.
+# `Identity` does nothing: its line shows how alike the tokens were at the start. With residuals they stay
+# different. Without them, nothing carries a token's own vector past a block, and after twelve layers all
+# tokens are the same vector (a cosine of 1): there is nothing left to learn from. Without norms a block
+# answers to large states with large changes, which make the states larger still. With both, the twelve layers add
+# about the same amount, however large the states are that they get.
 #
 # ## 0.5 Where a token stands
 #
@@ -469,7 +471,7 @@ def sinusoid(positions, d_model):
     et al., section 3.5."""
     inputs.check_even("d_model", d_model)
     evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=positions.device)
-    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), in units of 2 * pi
     angles = positions[:, None] / wavelengths  # in float32, whatever the model's dtype
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -501,7 +503,13 @@ figures.show(
 
 # %% [markdown]
 # The dot product of two of these vectors depends on their *distance* alone, and is largest for a
-# position with itself. Keep that in mind; chapter 1 builds on it.
+# position with itself. Since $\sin a \sin b + \cos a \cos b = \cos(a - b)$, it is, for the positions $p$ and $q$,
+#
+# $$
+# \sum_k \cos\left((p - q) \,/\, 10\,000^{\,2k / d_{\text{model}}}\right) ,
+# $$
+#
+# which at distance 0 is a sum of $d_{\text{model}} / 2 = 32$ ones. Keep that in mind; chapter 1 builds on it.
 #
 # ### The whole model
 #
@@ -560,10 +568,11 @@ def count(module):
 
 
 d, d_ff, L = SIZES["d_model"], SIZES["d_ff"], SIZES["n_layers"]
-attention, feed_forward = 4 * d * d, 2 * d * d_ff + d_ff + d
-layer = attention + feed_forward + 4 * d  # two norms of 2 d numbers
-total = size * d + L * layer + 2 * d + (d + 1) * size
-print(f"{count(model):,} parameters: {L} layers of {layer:,}, embedding, norm, head")
+of_attention = 4 * d * d  # queries, keys, values, and `out`
+of_feed_forward = 2 * d * d_ff + d_ff + d
+of_layer = of_attention + of_feed_forward + 4 * d  # two norms of 2 d numbers
+total = size * d + L * of_layer + 2 * d + (d + 1) * size
+print(f"{count(model):,} parameters: {L} layers of {of_layer:,}, embedding, norm, head")
 assert count(model) == total
 
 # %% [markdown]
@@ -579,8 +588,13 @@ assert count(model) == total
 # %%
 alphabet = torch.arange(26)
 for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
-    rows = ["".join(chr(97 + t) for t in row) for row in tokens.tolist()]
-    print(f"batch {n}:  lane 0  {rows[0]:5} lane 1  {rows[1]}")
+    lane_0, lane_1 = ("".join(chr(97 + t) for t in row) for row in tokens.tolist())
+    print(f"batch {n}:  lane 0  {lane_0:5} lane 1  {lane_1}")
+
+# %% [markdown]
+# Each lane has twelve letters, $(26 - 1) / 2$ without the remainder: the last letter of a lane needs a target too. So lane 0
+# ends with `l`, whose target is the `m` that begins lane 1; `z` is left over. When the lanes end before the training
+# does, it reads them again from the start, with memory empty as at the first time.
 
 # %% [markdown]
 # ### The loop
@@ -662,7 +676,7 @@ def train(
     return history
 
 # %% [markdown]
-# Train for less than a minute, on 16 lanes.
+# Train for less than a minute, on 16 lanes. The steps are a few more than one reading of the text takes.
 
 # %% tags=["band"]
 STEPS, LANES = 1200, 16
@@ -678,7 +692,9 @@ def by_position(model):
 history = train(model, corpus.train, steps=STEPS, batch_size=LANES)
 trained = training.evaluate(model, corpus.valid, segment_len=T)
 bits = training.bits_per_character(trained)
-print(f"validation: {trained:.3f} nats, {bits:.3f} bits")
+latest = sum(history["loss"][-50:]) / 50
+print(f"validation: {trained:.3f} nats, {bits:.3f} bits; training, at the end: {latest:.3f}")
+print(f"characters read: {STEPS * LANES * T:,} of a text of {len(corpus.train):,}")
 assert trained < simple["what follows what"] - 0.4
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -691,10 +707,14 @@ axes.set(xlabel="training step", ylabel="loss (nats per character)", ylim=(1.4, 
 axes.set_title(f"Training ({corpus.name})")
 figures.show(
     figure,
-    "The training loss starts at that of guessing, passes the model that knows how "
-    "often each character occurs within some steps, then the one that knows what "
+    "The training loss starts near that of guessing, passes the model that knows how "
+    "often each character occurs within the first steps, then the one that knows what "
     "follows what, and goes on falling more and more slowly.",
 )
+
+# %% [markdown]
+# The validation loss is the higher of the two: the validation text is the end of the file, with other plays
+# than the training text.
 
 # %%
 prompt = corpus.vocab.encode("KING ")
@@ -819,11 +839,11 @@ figures.show(
 # computed. Drop the oldest, and each of the others carries a position that is one too high (exercise 4). The model
 # can only start again, with a new window or with the last `T` characters moved to the front.
 #
-# So look at what a window costs. Here is the validation loss at each position, one window after the
+# So look at what starting afresh costs. Here is the validation loss at each position, one window after the
 # other, as in training. One training proves little, since another seed starts from other weights.
 # So this one was run for five seeds beforehand, by the function `positions_of_seed`. Their curves are
 # drawn in grey: a *band*. Your run should lie in it, give or take a margin, since other machines round
-# differently, and training amplifies that. All close comparisons of this book rest on such bands.
+# differently, and training amplifies that. (`band.check` says so if it does not, and stops the notebook.) All close comparisons of this book rest on such bands.
 
 # %% tags=["band"]
 def positions_of_seed(seed):
@@ -849,20 +869,23 @@ axes.legend()
 figures.show(
     figure,
     "At the first position of a window, where one character has been read, the loss is "
-    ".7 nats higher than later. It falls over three positions, and then hardly moves: "
-    "the five recorded seeds and this run lie on each other.",
+    ".7 nats higher than later. It falls over three positions, and then falls no further: "
+    "it goes up and down a little, the same way in all five recorded seeds.",
 )
 
 # %%
 losses = live["vanilla"]
 first, soon, late = losses[0], sum(losses[8:16]) / 8, sum(losses[16:]) / (T - 16)
 print(f"first {first:.2f}, positions 8 to 15 {soon:.2f}, later {late:.2f} nats")
+print(f"each is a mean over {len(corpus.valid) // T:,} windows")
 assert abs(first - simple["what follows what"]) < 0.2
 assert first > late + 0.5 and abs(soon - late) < 0.1
 
 # %% [markdown]
 # At the first position the model has read a single character, and does what the table of what follows what did,
-# no better. A few characters later it knows the word that it is in. But the past *is* there, in the text, just before the
+# no better. A few characters later it has seen the start of the word that it is in. (From there on the curve goes up and down
+# in the same way for every seed. So that comes from the text, not from the model: all windows begin at the
+# same places of it.) But the past *is* there, in the text, just before the
 # window; the model cannot see it. Its answer is the same, whatever it has read before:
 
 # %%
@@ -881,8 +904,11 @@ assert torch.equal(*after)
 #
 # ### Four answers
 #
-# A longer window is the plain remedy, and it is dear: attention compares every token with all before it, and
-# the cache grows with every token. The four papers of this book each give another answer.
+# A longer window is the plain remedy, and a costly one: attention compares every token with all before it, and
+# the cache grows with every token. The four papers of this book each give another answer. In the pictures a line runs
+# from a state up to the state that reads it. Blue is the current window, orange is memory, green is compressed memory, and
+# grey is not read. In the fourth a thick bar is one step, with all its layers mixed into the square on top; in the last, colours
+# mark groups of similar tokens.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input", "front-figure"]
 figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
@@ -913,6 +939,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # | `P` | hash rounds (chapter 4) | `S` | steps of a block (appendix A) |
 # | `A` | slots that a step sees (appendix A) | `i` | query |
 # | `j` | key | | |
+#
+# (As in the papers, $Q$, $K$ and $V$ in equations are the matrices of queries, keys and values.)
 
 # %% [markdown]
 # ## 0.9 What became of it

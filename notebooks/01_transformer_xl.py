@@ -145,7 +145,11 @@ figures.show(
 )
 
 # %% [markdown]
-# In the third segment of training, segment 1 is grey: its states have left the memory. It is felt all the
+# The second picture: in evaluation the whole text is known. When the segment of tokens 9 to 12 was read, it gave the four
+# predictions after them at once, and the mask kept each from seeing its answer. So there is nothing left to compute when the answer after
+# token 10 is asked for; the orange states wait to be read by the next segment.
+#
+# In the first picture, segment 1 is grey: its states have left the memory. It is felt all the
 # same. The orange states of segment 2 were computed while segment 1 was in memory, and hold what they
 # found there. Section 1.3 follows this through the layers.
 #
@@ -165,8 +169,8 @@ print(f"{len(corpus.valid):,} to validate, {len(corpus.vocab)} different ones")
 # %% [markdown]
 # The baseline is the decoder of chapter 0, `VanillaTransformer`. It reads segments of `T = 32`
 # characters, and each segment is a new world to it. All models of this chapter get the same widths
-# and depth, the same text and the same number of steps. (Relative attention will add a few weights
-# of its own.)
+# and depth, the same text and the same number of steps. (Relative attention will add some weights
+# of its own, 8 % of them; section 1.4 counts.)
 
 # %% tags=["setup"]
 T = 32
@@ -192,7 +196,7 @@ history = {}
 vanilla, history["vanilla"] = fit(VanillaTransformer, SEED, max_len=T)
 
 # %% [markdown]
-# Each model keeps its colour and its marker through the chapter. Here is the validation loss
+# Each model keeps its colour through the chapter. Here is the validation loss
 # by position in the segment, in nats per character:
 
 # %% tags=["band"]
@@ -249,16 +253,17 @@ assert losses[0] > losses[-8:].mean() + 0.5
 # text. The paper calls this **context fragmentation**. You can avoid it at evaluation: slide the
 # window by one character and compute it anew for each prediction. (The key-value cache does not help: when
 # the window slides, every character gets another place.) That makes evaluation slower by
-# about the length of the window, and training still never sees further than `T`.
+# a factor of about the length of the window, and training still never sees further than `T`.
 #
 # ## 1.2 Positions that survive a move
 #
 # The remedy is easy to say: keep the hidden states of the previous segment and attend to them. But
 # they carry positions. In the baseline the state at place 5 of the old segment and the state at place
 # 5 of the new one were both computed with the same position vector. Side by side in one attention,
-# nothing tells which of the two is the nearer one.
+# nothing tells which of the two is the nearer one. Numbering on from segment to segment would tell them apart, but a
+# long text soon reaches numbers that never came up in training.
 #
-# What stays true when a segment becomes memory is the **distance** from query to key. Count places
+# Chapter 0 found that the dot product of two position vectors depends on their distance alone. Take that as a hint: what stays true when a segment becomes memory is the **distance** from query to key. Count places
 # from the start of the memory: `M` states in memory stand at the places 0 to $M - 1$, the segment
 # at $M$ to $M + T - 1$. The query at place $i$ sees the key at place $j$ at the distance $i - j$. All
 # formulas of this chapter count this way.
@@ -292,7 +297,7 @@ print(attention_mask(distances(T=3, M=2)))
 print(attention_mask(distances(T=3, M=2), limit=2))
 
 # %% [markdown]
-# With a `limit` of 2, each query sees the two latest keys: itself and the one before. (Lines that
+# With a `limit` of 2, each query sees the two latest keys: itself and the one before. (Section 1.3 uses it. Lines that
 # begin with `inputs.` refuse what cannot work and say what would; you can read past them.)
 #
 # Each distance gets a vector $R_{i-j}$: the same fixed sinusoids that the original transformer
@@ -305,7 +310,7 @@ def sinusoid(distance, d_model):
     """The encoding R of distances, (n,) -> (n, d_model). Section 3.3: not learned."""
     inputs.check_even("d_model", d_model)
     evens = torch.arange(0.0, d_model, 2, dtype=torch.float32, device=distance.device)
-    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), of 2 * pi each
+    wavelengths = 10_000 ** (evens / d_model)  # (d_model / 2,), in units of 2 * pi
     angles = distance[:, None] / wavelengths  # in float32, whatever the model's dtype
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -326,7 +331,7 @@ figures.show(
 # ### Four terms
 #
 # How does the distance get into the score of query $i$ and key $j$? Start from absolute positions.
-# What stands at a place is $E$, and which place it is, $U$; their sum goes into attention. The score,
+# What stands at a place is $E$, its embedding, and which place it is, $U$; their sum goes into attention in the first layer. The score there,
 # before it is divided by $\sqrt{d_{\text{head}}}$, is a product of two sums,
 #
 # $$
@@ -340,13 +345,14 @@ figures.show(
 # A^{\text{abs}}_{i,j} = \underbrace{E_i^\top W_q^\top W_k E_j}_{(a)} + \underbrace{E_i^\top W_q^\top W_k U_j}_{(b)}
 #  + \underbrace{U_i^\top W_q^\top W_k E_j}_{(c)} + \underbrace{U_i^\top W_q^\top W_k U_j}_{(d)} .
 # $$
-#
+
+# %% [markdown]
 # The paper changes three things.
 #
 # - The key's place $U_j$ becomes the distance, $R_{i-j}$.
 # - The query's place must not matter any more: at every place the same distances lie behind it. So the vector
 # $U_i^\top W_q^\top$ becomes a learned vector that is the same for all queries. It asks two different
-# questions, for content in (c) and for distance in (d), so it gets two values, $u$ and $v$.
+# questions, for content in (c) and for distance in (d), so there are two such vectors, $u$ and $v$.
 # - What makes a key interesting and what makes a distance interesting have nothing to do with each other. So
 # contents and distances are projected apart, by $W_{k,E}$ and $W_{k,R}$.
 #
@@ -362,7 +368,9 @@ figures.show(
 # | (c) | is this key of interest to anybody? | key |
 # | (d) | is this distance of interest to anybody? | distance |
 #
-# Every head has its own $u$ and $v$, and its own rows of $W_q$, $W_{k,E}$, $W_{k,R}$ and the matrix of the values.
+# Every head has its own $u$ and $v$, and its own rows of $W_q$, $W_{k,E}$, $W_{k,R}$ and the matrix of the values. And every
+# layer has these four terms: from here on $E$ is the input of any layer, after its norm. Absolute positions were added once, at the
+# bottom; $R$ enters the scores of each layer anew.
 #
 # Here are the terms for one head with `d_head = 2`, one state in memory and two in the segment. The
 # projections have been done: `q` holds $W_q E_i$ of the two queries, `k` holds $W_{k,E} E_j$ of the three
@@ -398,8 +406,8 @@ figures.table(
 )  # fmt: skip
 
 # %% [markdown]
-# Follow one column at a time. (c) is the same wherever the key is the same: pairs 1, 0 and 2, 0. (d)
-# is the same wherever the distance is: 1, 0 and 2, 1. (b) depends on the distance, and differently for each
+# Follow one column at a time. (c) is the same wherever the key is the same: pairs (1, 0) and (2, 0). (d)
+# is the same wherever the distance is the same: (1, 0) and (2, 1). (b) depends on the distance, and differently for each
 # query: query 1 is drawn to what lies further back, query 2 is repelled by it.
 
 # %%
@@ -417,7 +425,7 @@ assert b[2, 0] < b[2, 1] < b[2, 2]  # query 2: nearer is better
 #
 # ### The shift
 #
-# The first product is one matrix product. The second has another vector for each pair $(i, j)$,
+# The first product is one matrix product. The second has a different vector for each pair $(i, j)$,
 # which would mean a tensor of shape `(T, K, d_head)`. But there are only `K` different distances.
 # So compute a matrix whose *columns are distances*, the same in every row, and move each row into
 # place afterwards.
@@ -494,7 +502,7 @@ figures.show(
 #
 # ### Relative attention
 #
-# Now everything is there. Queries come from the segment alone, which is the end of the context: the
+# Now everything is there. Memory and segment, joined along time, are the *context*. Queries come from the segment alone, the end of the context: the
 # mask has one row for each query, so its first size says how many there are. Keys and values come
 # from memory and segment.
 
@@ -709,7 +717,8 @@ for segment_len in (1, 3, 5):
 #
 # Follow the last prediction of a text down through the layers. At the top it reads its segment and
 # the memory. The oldest state that it reads belongs to an earlier segment. When *that* segment was
-# computed, it had a memory of its own, and so on, one layer at a time:
+# computed, it had a memory of its own, and so on, one layer at a time. In the picture the black dots are the states that the last
+# prediction needs, the orange lines are what the oldest of them in each layer reads, and the dotted lines are where segments end:
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def draw_reach(axes, M, T=4, L=3, n=22):
@@ -808,7 +817,7 @@ figures.show(
 #
 # ### Two options for evaluation
 #
-# The paper evaluates with a memory several times as long as in training, and with two options switched
+# The authors' released scripts evaluate with a memory several times as long as in training, and with two options switched
 # on.
 #
 # **`same_length`**: with a full memory, the first query of a segment sees $M + 1$ keys and the last one
@@ -852,13 +861,18 @@ print("clamp_len = 5  ", columns.clamp(0, 5).tolist())
 #
 # The training loop is that of chapter 0. What it does for the memory: segment after segment
 # *continues* the text of its lane, and the memory that the model returns for one segment is handed in
-# with the next. At the end of the lanes training starts anew, with an empty memory. Shuffled batches
+# with the next. At the end of the lanes it reads on from their start, with an empty memory. Shuffled batches
 # would make the memory meaningless.
 
 # %%
 xl, history["Transformer-XL"] = fit(TransformerXL, SEED, mem_len=T)
-for name, model in [("vanilla", vanilla), ("Transformer-XL", xl)]:
-    print(f"{name:15}{sum(p.numel() for p in model.parameters()):,} parameters")
+numbers = {name: p.numel() for name, p in xl.named_parameters()}
+new = [name for name in numbers if name.endswith((".position.weight", ".u", ".v"))]
+more = sum(numbers[name] for name in new)
+before = sum(p.numel() for p in vanilla.parameters())
+print(f"vanilla {before:,} parameters, Transformer-XL {sum(numbers.values()):,}:", end=" ")
+print(f"{more:,} more in W_kR, u and v ({more / before:.0%})")
+assert sum(numbers.values()) == before + more
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
@@ -999,7 +1013,22 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # | relative, Shaw et al. (terms (a) and (b), learned vectors) | 27.94 | 29.75 |
 # | absolute | not tried | 30.97 |
 #
-# Three of the corners are ours, too, and they come in the same order.
+# Three of our four corners are in this table, and they come in the same order. (What memory adds does
+# not come from the additional weights of relative attention: the models with and without memory have the same number of them.)
+#
+# The next three sections measure these same models under other conditions of *evaluation*. What they
+# measure was recorded as well, for models trained from five seeds:
+
+# %%
+seen = bands.load("01_lengths", corpus.name)
+
+
+def of(kind, values):
+    """The part {name: value} of {"kind: name": value}."""
+    start = f"{kind}: "
+    found = {label: value for label, value in values.items() if label.startswith(start)}
+    return {label.removeprefix(start): value for label, value in found.items()}
+
 
 # %% [markdown]
 # ### No more blind starts
@@ -1008,10 +1037,12 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 
 # %%
 by_position["Transformer-XL"] = loss_by_position(xl)
+live = {f"position: {name}": losses for name, losses in by_position.items()}
+seen.check(live, margin=0.1)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input", "readme-figure"]
 figure, axes = plt.subplots()
-lines(axes, range(1, T + 1), by_position)
+lines(axes, range(1, T + 1), by_position, of("position", seen.values))
 labels = dict(xlabel="position in the segment")
 axes.set(**labels, ylabel="validation loss (nats per character)")
 axes.set_title(f"Context fragmentation ({corpus.name})")
@@ -1019,7 +1050,7 @@ figures.show(
     figure,
     "The vanilla model's loss falls from .7 to .8 nats above its later level at the "
     "first position of a segment; Transformer-XL's is level from the first position "
-    "on.",
+    "on. Five recorded seeds of each show the same.",
 )
 
 # %%
@@ -1031,9 +1062,13 @@ blind = {name: loss[0] - loss[8:].mean() for name, loss in by_position.items()}
 assert blind["vanilla"] > 0.5 and abs(blind["Transformer-XL"]) < 0.15
 
 # %% [markdown]
+# So it is: Transformer-XL's first position is hardly worse off than its mean. (The means here leave out the rest of each lane that
+# does not fill a segment; the losses of the ablation have it.)
+
+# %% [markdown]
 # ### What lies before the segment: all or nothing
 #
-# On text, memory is worth about a tenth of a nat, since most of what helps stands close by. Here is a
+# On text, memory is worth about a tenth of a nat (the two relative models of the ablation), since most of what helps stands close by. Here is a
 # stream on which it is worth everything. In `tasks.echo` the tokens are random symbols, and the
 # question at each token is always the same: which symbol stood `lag` tokens ago? With a lag of one segment the
 # answer never stands in the segment of the question.
@@ -1118,8 +1153,8 @@ for name in ("M = 16", "M = 16, 2 layers"):
     assert right[name][first].max() < 0.25 and right[name][second].min() > 0.95
 
 # %% [markdown]
-# All or nothing, at the very position where the answer comes into sight. That the memory's *content* does it is
-# checked by exchanging it: give each lane the memory of its neighbour.
+# All or nothing, at the very position where the answer comes into sight. To check that the memory's *content* does it,
+# exchange it: give each lane the memory of its neighbour.
 
 # %%
 def neighbour(memory):
@@ -1133,8 +1168,9 @@ print(f"the neighbour's {exchanged.mean():.2f}")
 assert exchanged.max() < 0.25
 
 # %% [markdown]
-# The last panel is worth a second look. By the formula of section 1.3 the model with two layers reaches
-# $32 + 16 + 32 = 80$ tokens back, far enough for every question. A state in memory could have picked
+# The last panel is worth a second look. The model with two layers reaches far enough for every question: even the first query of a
+# segment feels $32 + 16 = 48$ tokens back, since the oldest state in its memory belongs to a segment that began 32 tokens ago with
+# a memory of 16. A state in memory could have picked
 # up, in layer 1, what stood 16 tokens before it, and handed it to layer 2. It has not learned to. Within
 # the segment nothing calls for it, and the gradient stops at the memory, so nothing tells the older segment what
 # the newer one will need. **Reach is what a model can feel, not what it has learned to use.** Exercise 5
@@ -1176,7 +1212,9 @@ def by_memory(model):
 
 
 # %%
-sweep = {name.removeprefix("memory: "): loss for name, loss in by_memory(xl).items()}
+sweep = by_memory(xl)
+seen.check(sweep, margin=0.05)
+sweep = of("memory", sweep)
 sweep["absolute"] = [with_memory(models["absolute, memory"], n) for n in LENGTHS]
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -1188,6 +1226,8 @@ look = {
     "absolute": LOOK["absolute, memory"] | dict(label="absolute, memory"),
 }
 for name, style in look.items():
+    label = "{} recorded seeds" if name == "relative" else "_"
+    figures.band(axes, LENGTHS, of("memory", seen.values).get(name, ()), label)
     axes.plot(LENGTHS, sweep[name], **style)
 axes.axvline(T, color="black", linestyle=":", label="memory in training")
 axes.set_xscale("log", base=2)
@@ -1269,10 +1309,11 @@ def by_context(models):
 # %%
 table = by_context(models)
 means = {name: losses.mean(dim=1) for name, losses in table.items()}
+seen.check({f"context: {name}": mean for name, mean in means.items()}, margin=0.05)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
-lines(axes, CONTEXTS, means)
+lines(axes, CONTEXTS, means, of("context", seen.values))
 axes.axvline(T, color="black", linestyle=":", label="segment in training")
 axes.legend(loc="center right", bbox_to_anchor=(1, 0.7), ncols=2)
 axes.set(ylabel="loss (nats per character)")
@@ -1286,20 +1327,22 @@ figures.show(
 )
 
 # %% [markdown]
-# Which differences are more than chance? Two kinds of chance are at work: which places were drawn, and which seed the
-# models were trained from. The table compares Transformer-XL with vanilla, in pairs at the same places. Its standard
-# errors measure the first kind alone: they say nothing about another seed.
+# Which differences are more than chance? Two kinds of chance are at work: which places were chosen, and which seed the
+# models were trained from. The table compares Transformer-XL with vanilla, in pairs at the same places, with the
+# standard error of the mean, and then the difference for each recorded seed.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-rows = []
+rows, seeds = [], of("context", seen.values)
 for n in (16, 32, 64, 128):
     place = CONTEXTS.index(n)
     pairs = table["Transformer-XL"][place] - table["vanilla"][place]
     error = pairs.std() / len(pairs) ** 0.5
-    rows.append([n, f"{pairs.mean():+.3f} ± {error:.3f}"])
+    recorded = seeds["Transformer-XL"] - seeds["vanilla"]  # (S, contexts)
+    others = "  ".join(f"{value:+.3f}" for value in recorded[:, place])
+    rows.append([n, f"{pairs.mean():+.3f} ± {error:.3f}", others])
 figures.table(
     f"Transformer-XL's loss minus vanilla's, nats ({corpus.name})",
-    ["context", "mean, ± standard error"],
+    ["context", "this run, ± standard error", "recorded seeds"],
     rows,
 )
 
@@ -1333,7 +1376,8 @@ assert (ahead.mean(dim=1)[1:] > 4 * errors[1:]).all()  # from 32 characters on
 # Appendix C of the paper has a measure for this that is fair to models of different strength. Let
 # $l_m(n, t)$ be the loss of model $m$ at place $t$ when it sees $n$ tokens before it. Compare it only with the
 # best model of the group, $b(n, t) = \min_m l_m(n, t)$, and only at the hard places $\mathcal T$: the share $r$ of all
-# places where $b(n, t)$ is highest. What model $m$ makes of $\Delta$ more tokens is its gain $g_m$:
+# places where $b(n, t)$ is highest. What model $m$ makes of $\Delta$ more tokens, 16 here, is its gain $g_m$. It compares the contexts
+# $n$ and $n' = n + \Delta$, and counts only what beats the best loss at $n$, so that a weak model gains nothing by catching up:
 #
 # $$
 # f_m(n, n') = \frac{1}{|\mathcal T|} \sum_{t \in \mathcal T} \min\left(b(n, t),\, l_m(n', t)\right), \qquad
@@ -1366,9 +1410,9 @@ def recl(table, name, r):
 
 # %% [markdown]
 # How much of the result is the luck of the 2,000 places? Draw 2,000 of them anew, with repetition, and compute it
-# again, a hundred times (a *bootstrap*). The range below holds 90 of the 100 results. The luck of the seed
-# is not in it. The function `lengths` gives what this section, the two before and the one on blind starts measure, for the
-# models of one seed. It is not run here: `lengths(1)`, say, takes some minutes.
+# again, a hundred times (a *bootstrap*). The range below holds 90 of the 100 results. The luck of the seed is not in
+# it: that is what the recorded seeds add. The function `lengths` recorded them, for this section, the two before and the one on
+# blind starts.
 
 # %% tags=["band"]
 def lengths(seed):
@@ -1404,10 +1448,12 @@ rows = []
 for name in table:
     for n, r in enumerate(SHARES):
         low, high = ranges[name][n]
-        rows.append([f"{name}, r = {r}", here[name][n], f"{low} to {high}"])
+        seeds = of("recl", seen.values)[name][:, n]
+        others = "  ".join(f"{value:.0f}" for value in seeds)
+        rows.append([f"{name}, r = {r}", here[name][n], f"{low} to {high}", others])
 figures.table(
     f"RECL in characters, in steps of 16 ({corpus.name})",
-    ["", "these places", "places drawn anew"],
+    ["", "this run", "places drawn anew", "recorded seeds"],
     rows,
 )
 
@@ -1415,7 +1461,7 @@ figures.table(
 # At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one or two steps apart, and new places
 # alone move some of them by a step. (Vanilla may gain from 16 to 32 although its mean loss rises there: only places where its loss beats
 # $b$ count. Beyond 32 its gain is 0 by construction.) Nor can a gain be negative, since $b$ takes the place of any loss that rises: that the model
-# without memory loses something beyond 32 is nothing that the measure could say. The paper's models differ
+# without memory loses something beyond 32 the measure cannot show. The paper's models differ
 # by hundreds of words (Table 8; its first three rows are one group with a $b$ of its own, the others a second):
 #
 # | | r = 0.1 | r = 0.5 | r = 1 |
@@ -1431,7 +1477,7 @@ figures.table(
 # %% [markdown]
 # ### Where it looks
 #
-# Take the trained model with a memory of three segments, record its attention over many segments, and sort it by
+# Give the trained model a memory of three segments, record its attention over many segments, and sort it by
 # the **age** of the key: its distance from the query. The buckets double in width. Ages beyond 96
 # exist only for the later queries of a segment, since the first one sees no further than the memory reaches.
 
@@ -1538,13 +1584,13 @@ own, half, none, other = content.values()
 assert own < half < none and abs(other - none) < 0.1 < other - own
 
 # %% [markdown]
-# The memory's content is what counts: another text's memory is worth about as much as none. Its older half counts a little, too.
+# The memory's content is what counts: another text's memory is worth about as much as none. The older half of the lane's own memory counts a little, too.
 
 # %% [markdown]
 # ### The four terms after training
 #
-# The terms of section 1.2 with the trained weights: one layer, one segment, all heads. The letters stand above the lines
-# that compute them.
+# The terms of section 1.2 with the trained weights: one layer, one segment, all heads. The letters stand behind the lines
+# that compute them. The picture shows the head whose term (b) varies most; the numbers below it are of all heads.
 
 # %%
 @torch.inference_mode()
@@ -1608,8 +1654,8 @@ assert spreads["mean of (a) by key"] > 2 * spreads["(c)"]
 # %% [markdown]
 # The numbers are the spreads of each term. Position speaks through (b) and (d). The term (c), a preference for
 # keys whoever asks, has the smallest spread. That does not mean that the model has no such preference: the mean of
-# (a) over all queries is one, too. For the keys in memory, which every query sees, its spread is more than twice that of (c). The model
-# has put it there. The
+# (a) over all queries is one, too. For the keys in memory, which every query sees, the spread of that mean is many times that of (c). The model
+# has put the preference there. The
 # dashed line parts memory (left) from segment (right); no term takes notice of it.
 #
 # ### Evaluation is faster, and not by a little
@@ -1765,11 +1811,8 @@ figures.table(
 #
 # ### The paper's own numbers
 #
-# What a minute of training on one megabyte cannot show, in the paper's Tables 1 and 2:
-#
-# | WikiText-103 | parameters | perplexity |
-# | --- | --- | --- |
-# | Transformer-XL, large | 257 million | 18.3 |
+# What a minute of training on one megabyte cannot show, in the paper's Tables 1 and 2. On WikiText-103 the large model, of 257 million
+# parameters, reaches a perplexity of 18.3. And on characters:
 #
 # | enwik8, bits per character | 12 layers | 18 layers | 24 layers | 64 layers |
 # | --- | --- | --- | --- | --- |
@@ -1801,7 +1844,7 @@ figures.table(
 # same thought at segment length one: do not compute a state twice.
 # - **Reach that grows with depth** came back as sliding-window attention, in Longformer and Mistral
 # 7B: each layer looks back one window, and the stack looks back many.
-# - **Relative positions** won, in simpler forms. T5 keeps only a learned term (d). ALiBi keeps a
+# - **Relative positions** won, in simpler forms. Beside (a), T5 keeps only a learned term (d). ALiBi keeps a
 # fixed straight line in its place. Rotary embeddings (RoPE) let the distance into term (a) itself
 # by rotating queries and keys.
 

@@ -84,7 +84,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `B` | batch: texts side by side | `H` | attention heads |
 # | `T` | tokens in the segment | `d_model` | width of a hidden state |
 # | `M` | states in memory | `d_head` | width of a head, `d_model / H` |
-# | `C` | compressed states | `d_ff` | width inside the feed-forward |
+# | `C` | states in compressed memory | `d_ff` | width inside the feed-forward |
 # | `K` | keys: compressed memory, memory, then segment | `R` | encodings of distances |
 # | `O` | old states that leave the memory | `c` | compression rate |
 # | `L` | layers | `i`, `j` | query, key |
@@ -1683,7 +1683,7 @@ for k in (0, 1):  # training, evaluation
 # characters that has seen a million of them hardly knows rare words, and its memory holds a few lines.
 # - **Dropping the learning rate hurts.** In the paper's Figure 3 the training loss gets *worse* when the rate is
 # lowered far in mid-training; updating the weights less often, every four steps, helps instead. The
-# authors see it after many thousand steps over long articles. Eight hundred steps cannot show it, nor its absence.
+# authors see it after many thousand steps over long articles. Our few hundred steps cannot show it, nor its absence.
 
 # %% [markdown]
 # ## 2.10 Departures from the paper
