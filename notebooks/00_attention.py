@@ -693,7 +693,8 @@ history = train(model, corpus.train, steps=STEPS, batch_size=LANES)
 trained = training.evaluate(model, corpus.valid, segment_len=T)
 bits = training.bits_per_character(trained)
 latest = sum(history["loss"][-50:]) / 50
-print(f"validation: {trained:.3f} nats, {bits:.3f} bits; training, at the end: {latest:.3f}")
+print(f"validation: {trained:.3f} nats, {bits:.3f} bits; at the end of training: ", end="")
+print(f"{latest:.3f} nats")
 print(f"characters read: {STEPS * LANES * T:,} of a text of {len(corpus.train):,}")
 assert trained < simple["what follows what"] - 0.4
 
@@ -869,8 +870,8 @@ axes.legend()
 figures.show(
     figure,
     "At the first position of a window, where one character has been read, the loss is "
-    ".7 nats higher than later. It falls over three positions, and then falls no further: "
-    "it goes up and down a little, the same way in all five recorded seeds.",
+    ".7 nats higher than later. It falls over three positions, and then no further: it "
+    "goes up and down a little, the same way in all five recorded seeds.",
 )
 
 # %%

@@ -870,8 +870,8 @@ numbers = {name: p.numel() for name, p in xl.named_parameters()}
 new = [name for name in numbers if name.endswith((".position.weight", ".u", ".v"))]
 more = sum(numbers[name] for name in new)
 before = sum(p.numel() for p in vanilla.parameters())
-print(f"vanilla {before:,} parameters, Transformer-XL {sum(numbers.values()):,}:", end=" ")
-print(f"{more:,} more in W_kR, u and v ({more / before:.0%})")
+print(f"vanilla {before:,} parameters, Transformer-XL {sum(numbers.values()):,}")
+print(f"{more:,} more, {more / before:.0%}: W_kR, u and v")
 assert sum(numbers.values()) == before + more
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]

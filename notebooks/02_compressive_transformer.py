@@ -941,8 +941,8 @@ figures.show(
     figure,
     "The training losses of Transformer-XL and the Compressive Transformer, as "
     "running means over 50 steps, lie almost on each other. The compression loss falls "
-    "to a third within some thirty steps, rises again to more than it began with by step "
-    "200, and falls slowly from there on.",
+    "to a third within some thirty steps, rises again to more than it began with by "
+    "step 200, and falls slowly from there on.",
 )
 fifty = {n: sum(aux[n : n + 50]) / 50 for n in (0, 50, 100, 200, STEPS - 50)}
 shown = {n: round(x, 4) for n, x in fifty.items()}
@@ -1059,8 +1059,8 @@ axes.set_title(f"Equal slots, and equal range ({corpus.name})")
 figures.show(
     figure,
     "At equal slots the validation losses of Transformer-XL and the Compressive "
-    "Transformer lie a few hundredths of a nat apart at most, and their seeds overlap; a "
-    "memory of 96 instead of 48 changes that of Transformer-XL by next to nothing.",
+    "Transformer lie a few hundredths of a nat apart at most, and their seeds overlap; "
+    "a memory of 96 instead of 48 changes that of Transformer-XL by next to nothing.",
 )
 
 # %%
@@ -1402,8 +1402,8 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 figure.suptitle(f"Seven ways to compress, each at its best rate ({corpus.name})")
 figures.show(
     figure,
-    "The validation losses of the seven rows lie close together, within a few hundredths "
-    "of a nat, and the seeds of one row reach over those of the next. Their "
+    "The validation losses of the seven rows lie close together, within a few "
+    "hundredths of a nat, and the seeds of one row reach over those of the next. Their "
     "reconstruction errors lie far apart: attention reconstruction lowest, the "
     "convolutions with another loss highest.",
 )
