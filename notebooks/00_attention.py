@@ -693,8 +693,8 @@ history = train(model, corpus.train, steps=STEPS, batch_size=LANES)
 trained = training.evaluate(model, corpus.valid, segment_len=T)
 bits = training.bits_per_character(trained)
 latest = sum(history["loss"][-50:]) / 50
-print(f"validation: {trained:.3f} nats, {bits:.3f} bits; at the end of training: ", end="")
-print(f"{latest:.3f} nats")
+print(f"validation: {trained:.3f} nats, {bits:.3f} bits;", end=" ")
+print(f"training, at the end: {latest:.3f} nats")
 print(f"characters read: {STEPS * LANES * T:,} of a text of {len(corpus.train):,}")
 assert trained < simple["what follows what"] - 0.4
 
