@@ -26,6 +26,7 @@ from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
 FORMAT = 1
+WEIGHTS = Path(__file__).with_name("weights")  # of trained models, by their names
 MODELS = {
     "vanilla_transformer": VanillaTransformer,
     "transformer_xl": TransformerXL,
@@ -38,10 +39,14 @@ MODELS = {
 def load(path):
     """A trained model, in evaluation mode on the CPU, and its vocabulary.
 
-    path: of a checkpoint, with or without an ending. A checkpoint of a training that
-    has not ended gives the model as it was then. FileNotFoundError if there is none;
-    ValueError, which says what does not fit, if it is damaged or made for other code.
+    path: the name of a model in MODELS, as "transformer_xl", for the weights that come
+    with the package; or the path of a checkpoint, with or without an ending (write
+    "./transformer_xl" for one of that name in the working folder). A checkpoint of a
+    training that has not ended gives the model as it was then. FileNotFoundError if
+    there is none; ValueError, which says what does not fit, if it is damaged or made
+    for other code.
     """
+    path = WEIGHTS / path if path in tuple(MODELS) else path
     info, tensors = read(path)
     try:
         model = build(info)
@@ -105,7 +110,10 @@ def read(path):
     except FileNotFoundError as error:
         there = sorted(p.stem for p in described.parent.glob("*.json"))
         found = f"; checkpoints there: {', '.join(there)}" if there else ""
-        raise FileNotFoundError(f"no checkpoint {described}{found}") from error
+        trained = f"trained models, by name: {', '.join(MODELS)}"
+        raise FileNotFoundError(
+            f"no checkpoint {described}{found}; {trained}"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{described} is damaged ({error!r})") from error
     path = described.with_name(name)

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -206,18 +207,32 @@ class Run:
         self.team.wait()  # until it is there for all
 
 
-def validate(run, corpus):
-    """Note the validation loss, if this step has none yet."""
-    step, valid = run.info["steps_done"], run.info["valid"]
-    if [done for done, _ in valid[-1:]] != [step]:
+def validate(run, stream, name="valid"):
+    """Note the loss along a stream (N,) under a name, if this step has none yet."""
+    step, losses = run.info["steps_done"], run.info[name]
+    if [done for done, _ in losses[-1:]] != [step]:
         sizes = {name: run.settings[name] for name in ("batch_size", "segment_len")}
-        sizes["batch_size"] = min(sizes["batch_size"], len(corpus.valid) - 1)
+        sizes["batch_size"] = min(sizes["batch_size"], len(stream) - 1)
         nats = 0.0
         if run.team.rank == 0:
-            nats = training.evaluate(run.bare, corpus.valid, **sizes)
+            nats = training.evaluate(run.bare, stream, **sizes)
             run.bare.train()
-        valid.append([step, round(nats, 4)])
+        losses.append([step, round(nats, 4)])
         run.team.wait()
+
+
+def hold_out(corpus, share):
+    """The corpus without the first share of its training text, and that part.
+
+    Not the last: the validation text goes on in the middle of a play, and whoever has
+    not read the play's beginning does not know its names.
+    """
+    inputs.check_number("holdout", share, 0, 0.5)
+    n = round(len(corpus.train) * share)
+    if share and n < 2:
+        raise ValueError(f"holdout={share} of this text is under 2 tokens")
+    held_out, train = corpus.train.tensor_split([n])
+    return replace(corpus, train=train), held_out
 
 
 def describe(name, corpus, sizes, settings, seed, command=""):
@@ -246,8 +261,12 @@ def describe(name, corpus, sizes, settings, seed, command=""):
         "steps": settings["steps"],
         "steps_done": 0,
         "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
         "loss": [],
         "aux": [],
+        "held_out": [],
         "valid": [],
     }
 
@@ -262,23 +281,30 @@ def plain(value):
 def pretrain(
     name, corpus, out, *, steps=None, minutes=None, sizes=None, seed=0, batch_size=32,
     segment_len=64, accumulate=1, lr=3e-3, warmup=50, weight_decay=0.01, clip=1.0,
-    valid_every=None, bf16=None, device=None, progress=True, command="", stop=None,
+    valid_every=None, holdout=0.0, bf16=None, device=None, progress=True, command="",
+    stop=None,
 ):  # fmt: skip
     """Train a model of checkpoints.MODELS on a corpus for so many steps, or minutes.
 
     sizes: of the model, by name. batch_size: lanes in all, which several processes
     share. A step is an update, from `accumulate` segments of each lane. Minutes become
-    steps as soon as the speed is known. A checkpoint at `out` with the same settings is
-    continued, one with others refused. stop() is asked after each step: True saves, and
-    raises KeyboardInterrupt. Returns what the JSON of the last checkpoint says.
+    steps as soon as the speed is known. holdout: the share of the training text, at its
+    start, that is not trained on, to choose settings by; the loss noted every
+    `valid_every` steps is then that of this part, and the validation text is read only
+    at the end. A checkpoint at `out` with the same settings is continued, one with
+    others refused. stop() is asked after each step: True saves, and raises
+    KeyboardInterrupt. Returns what the JSON of the last checkpoint says.
     """
     settings = {
         "steps": steps, "minutes": minutes, "batch_size": batch_size,
         "segment_len": segment_len, "accumulate": accumulate, "lr": lr,
         "warmup": warmup, "weight_decay": weight_decay, "clip": clip,
-        "valid_every": valid_every, "bf16": bf16,
+        "valid_every": valid_every, "holdout": holdout, "bf16": bf16,
     }  # fmt: skip
+    corpus, held_out = hold_out(corpus, holdout)
     info = describe(name, corpus, sizes or {}, settings, seed, command)
+    parts = {"train": corpus.train, "held_out": held_out, "valid": corpus.valid}
+    info["characters"] = {name: len(stream) for name, stream in parts.items()}
     several = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
     several |= int(os.environ.get("WORLD_SIZE", 1)) > 1  # or by `torchrun`
     unused = name == "compressive_transformer"  # whose first segments compress nothing
@@ -293,8 +319,10 @@ def pretrain(
     run = Run(info, corpus, team)
     if tensors is not None:
         run.restore(tensors)
-    work(run, corpus, out, progress, stop or (lambda: False))
-    validate(run, corpus)
+    watched = (held_out, "held_out") if holdout else (corpus.valid, "valid")
+    work(run, watched, out, progress, stop or (lambda: False))
+    validate(run, *watched)
+    validate(run, corpus.valid)
     run.save(out, weights_alone=True)
     return info
 
@@ -313,8 +341,9 @@ def refuse_others(out, asked, found):
             )
 
 
-def work(run, corpus, out, progress, stop):
-    """All the steps that are left, with a checkpoint each SAVE_SECONDS."""
+def work(run, watched, out, progress, stop):
+    """All the steps that are left, with a checkpoint each SAVE_SECONDS; watched: what
+    `validate` is asked every `valid_every` steps."""
     info, settings, team = run.info, run.settings, run.team
     batches, times = run.batches(), []
     per_step = settings["batch_size"] * settings["segment_len"] * settings["accumulate"]
@@ -332,9 +361,11 @@ def work(run, corpus, out, progress, stop):
     saved = time.monotonic()
     with bar:
         while info["steps"] is None or info["steps_done"] < info["steps"]:
-            start = time.monotonic()
+            start, cpu = time.monotonic(), time.process_time()
             losses = run.step(batches)
             times.append(time.monotonic() - start)
+            cpu = info["cpu_seconds"] + time.process_time() - cpu
+            info["cpu_seconds"] = round(cpu, 3)  # of all threads of this process
             news = [start - saved > SAVE_SECONDS, stop(), times[-1]]
             means = team.mean(torch.cat([losses, losses.new_tensor(news)])).tolist()
             loss, *aux, due, stopped, seconds = (
@@ -352,7 +383,7 @@ def work(run, corpus, out, progress, stop):
             bar.update(per_step)
             every = settings["valid_every"]
             if every and info["steps_done"] % every == 0:
-                validate(run, corpus)
+                validate(run, *watched)
             if due > 0 or stopped > 0:
                 run.save(out)
                 saved = time.monotonic()
@@ -375,6 +406,7 @@ OPTIONS = [
     ("warmup", 50, "steps up to the top"),
     ("weight_decay", 0.01, "of matrices"),
     ("clip", 1.0, "largest norm of the gradients"),
+    ("holdout", 0.0, "share of the training text, its start, to choose settings by"),
 ]
 SIZES = {
     "d_model": "width of a hidden state", "n_heads": "attention heads",

@@ -460,3 +460,36 @@ def test_the_memory_of_a_checkpoint_is_that_of_all_streams(saved):
     memory = checkpoints.part(tensors, "memory.")
     assert len(memory) == 3 and all(m.shape == (4, 20, 16) for m in memory.values())
     assert info["steps_done"] == 5
+
+
+# --------------------------------------------------------------------------- a part held out
+
+
+def test_a_part_of_the_training_text_is_held_out(tmp_path, monkeypatch):
+    """It is not trained on, its loss is noted on the way, and the validation text is
+    read once, at the end."""
+    n = len(TEXT.train) // 10
+    seen, read = [], []
+    endless, evaluate = training.endless, training.evaluate
+    monkeypatch.setattr(
+        training, "endless", lambda s, *a: seen.append(s) or endless(s, *a)
+    )
+    monkeypatch.setattr(
+        training, "evaluate", lambda m, s, **kw: read.append(s) or evaluate(m, s, **kw)
+    )
+    kw = RUN | dict(steps=4, valid_every=2, sizes=sizes("transformer_xl", 0.0))
+    info = pretrain.pretrain("transformer_xl", TEXT, tmp_path / "a", holdout=0.1, **kw)
+    assert [torch.equal(s, TEXT.train[n:]) for s in seen] == [True]
+    assert [len(s) for s in read] == [n, n, len(TEXT.valid)]
+    assert torch.equal(read[0], TEXT.train[:n]) and torch.equal(read[2], TEXT.valid)
+    assert [step for step, _ in info["held_out"]] == [2, 4]
+    assert [step for step, _ in info["valid"]] == [4]
+    model, _ = memtx_minimal.load(tmp_path / "a")
+    loss = evaluate(model, TEXT.train[:n], batch_size=4, segment_len=16)
+    assert info["held_out"][-1][1] == round(loss, 4)
+    with pytest.raises(ValueError, match="settings: {'holdout': 0.1}, not {'holdout'"):
+        pretrain.pretrain("transformer_xl", TEXT, tmp_path / "a", holdout=0.2, **kw)
+    for share, words in ((0.9, "holdout=0.9 is not a number in 0 ... 0.5"),
+                         (1e-5, "holdout=1e-05 of this text is under 2 tokens")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            pretrain.pretrain("transformer_xl", TEXT, tmp_path / "b", holdout=share, **kw)
