@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set, ValuesView
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Number
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memtx_minimal import inputs
 from memtx_minimal.reformer import attention_weights
 
 # ---------------------------------------------------------------- bytes
@@ -279,11 +281,18 @@ def look(model, tokens):
 
     One tensor of weights a layer, (B, H, T, T), in the order of the text.
     """
-    weights, training = [], model.training
+    weights, _ = _look(model, tokens)
+    return weights
+
+
+def _look(model, tokens):
+    """The weights of each layer, and its buckets (P, B, H, T); None if it has none."""
+    weights, hashes, training = [], [], model.training
 
     def record(block, args, _):
         q, k, _ = block.heads(args[0])
-        weights.append(attention_weights(q, k, block.hash(q, block.seed), block.settings))
+        hashes.append(block.hash(q, block.seed))
+        weights.append(attention_weights(q, k, hashes[-1], block.settings))
 
     hooks = [block.register_forward_hook(record) for block in model.blocks[::2]]
     try:
@@ -292,4 +301,109 @@ def look(model, tokens):
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return weights
+    return weights, hashes
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@dataclass
+class Reads:
+    """What each layer and head of a model reads at each token of a text: see `reads`.
+
+    A slot is what attention can read: one key and value. It stands for `width` tokens
+    of the text, for one or, if compressed, for several.
+    """
+
+    tokens: torch.Tensor  # (N,)
+    weights: list  # for each token (L, H, K): how much of each of K slots it reads
+    slots: list  # for each token [(zone, first, width, n)]: n slots, side by side, the
+    # first one for the tokens first ... first + width - 1; all K of them, oldest first
+    mixture: torch.Tensor | None = None  # Feedback: weights of the states, (L + 1,)
+    buckets: torch.Tensor | None = None  # Reformer, hashed: (L, P, H, N)
+    chunks: torch.Tensor | None = None  # in which chunk of each round: like buckets
+
+    def stands_for(self, t):
+        """The tokens that each slot of token t stands for: K ranges of positions."""
+        return [
+            range(first + width * i, first + width * (i + 1))
+            for _, first, width, n in self.slots[t]
+            for i in range(n)
+        ]
+
+
+@torch.no_grad()
+def reads(model, tokens, segment_len=None):
+    """What each layer and head of a model reads at each token of a text: `Reads`.
+
+    model: of any of the five chapters. tokens: (N,), read from the start of a stream,
+    segment by segment, in evaluation. segment_len: the length of training; None takes
+    the model's window or memory. A Reformer has one window, as long as the text.
+
+    Zones of slots: "segment", states of this segment or window; "memory", remembered
+    states; "compressed", compressed ones; "vectors", the Feedback Transformer's; and
+    "bucket", what a Reformer's hashing may find. ValueError for what does not fit, and
+    for a model that keeps its attention to itself, such as one that was sped up.
+    """
+    tokens = tokens.reshape(1, -1)
+    if hasattr(model, "blocks"):
+        return _hashed_reads(model, tokens)
+    if segment_len is None:
+        segment_len = getattr(model, "max_len", None) or model.mem_len
+    inputs.check_sizes({"segment_len": segment_len})
+    compressive, feedback = hasattr(model, "memories"), hasattr(model, "memory")
+    if compressive:  # it would read in pieces
+        inputs.check_number("segment_len", segment_len, 1, model.mem_len)
+        rate = model.memories[0].rate
+        if type(model.memories[0].compress).__name__ == "MostUsed":
+            raise ValueError('"most-used" keeps other tokens in each layer: none to show')
+    result, memory, L = Reads(tokens[0].cpu(), [], []), None, len(model.layers)
+    training = model.training
+    model.eval()
+    try:
+        for first in range(0, tokens.size(1), segment_len):
+            segment, before = tokens[:, first : first + segment_len], memory
+            with record_attention(model) as recorded:
+                _, memory, *_ = model(segment, before)
+            T = segment.size(1)
+            if len(recorded) != L * (T if feedback else 1):
+                name = type(model).__name__
+                raise ValueError(f"{name} shows no attention: take the plain model")
+            for i in range(T):
+                if feedback:  # one softmax a step and layer, over the vectors before
+                    rows = [w[0, :, 0] for w in recorded[L * i : L * (i + 1)]]
+                    M = rows[0].size(1)
+                    slots = [("vectors", first + i - M, 1, M)]
+                else:
+                    M = recorded[0].size(3) - T  # remembered, C compressed ones among them
+                    rows = [w[0, :, i, : M + i + 1] for w in recorded]
+                    slots = [("segment", first, 1, i + 1)]
+                    C = M - before[0][1].size(1) if compressive and before else 0
+                    if M > C:
+                        slots.insert(0, ("memory", first - (M - C), 1, M - C))
+                    if C:
+                        old = first - (M - C) - rate * C
+                        slots.insert(0, ("compressed", old, rate, C))
+                result.weights.append(torch.stack(rows).float().cpu())  # (L, H, K)
+                result.slots.append(slots)
+    finally:
+        model.train(training)
+    if feedback:
+        result.mixture = model.memory.layer_weights.softmax(dim=0).cpu()
+    return result
+
+
+def _hashed_reads(model, tokens):
+    """The same of a Reformer: every earlier token is a slot, which hashing may find."""
+    weights, buckets = _look(model, tokens)
+    whole = torch.cat(weights).float().cpu()  # (L, H, N, N)
+    hashed = buckets[0] is not None
+    zone, N = "bucket" if hashed else "segment", tokens.size(1)
+    rows = [whole[:, :, t, : t + 1] for t in range(N)]
+    result = Reads(tokens[0].cpu(), rows, [[(zone, 0, 1, t + 1)] for t in range(N)])
+    if hashed:
+        buckets = torch.stack(buckets)[:, :, 0].int().cpu()  # (L, P, H, N)
+        place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)
+        result.chunks = place // model.settings.chunk_len
+        result.buckets = buckets if model.settings.same_bucket else 0 * buckets
+    return result
