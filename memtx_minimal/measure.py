@@ -336,71 +336,84 @@ class Reads:
 def reads(model, tokens, segment_len=None):
     """What each layer and head of a model reads at each token of a text: `Reads`.
 
-    model: of any of the five chapters. tokens: (N,), read from the start of a stream,
-    segment by segment, in evaluation. segment_len: the length of training; None takes
-    the model's window or memory. A Reformer has one window, as long as the text.
+    model: of any of the chapters 0 to 4. tokens: (N,), read from the start of a stream,
+    segment by segment, in evaluation. segment_len: as in training; None takes the
+    model's window or memory. A Reformer reads the whole text in one window.
 
     Zones of slots: "segment", states of this segment or window; "memory", remembered
     states; "compressed", compressed ones; "vectors", the Feedback Transformer's; and
     "bucket", what a Reformer's hashing may find. ValueError for what does not fit, and
     for a model that keeps its attention to itself, such as one that was sped up.
     """
-    tokens = tokens.reshape(1, -1)
+    if tokens.dim() != 1:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}; pass one text, (N,)")
     if hasattr(model, "blocks"):
         return _hashed_reads(model, tokens)
     if segment_len is None:
         segment_len = getattr(model, "max_len", None) or model.mem_len
     inputs.check_sizes({"segment_len": segment_len})
-    compressive, feedback = hasattr(model, "memories"), hasattr(model, "memory")
-    if compressive:  # it would read in pieces
+    if hasattr(model, "memories"):
         inputs.check_number("segment_len", segment_len, 1, model.mem_len)
-        rate = model.memories[0].rate
         if type(model.memories[0].compress).__name__ == "MostUsed":
-            raise ValueError('"most-used" keeps other tokens in each layer: none to show')
-    result, memory, L = Reads(tokens[0].cpu(), [], []), None, len(model.layers)
-    training = model.training
+            raise ValueError("most-used keeps other tokens in each layer: none to show")
+    result, memory = Reads(tokens.cpu(), [], []), None
+    read, training = 0, model.training
     model.eval()
     try:
-        for first in range(0, tokens.size(1), segment_len):
-            segment, before = tokens[:, first : first + segment_len], memory
+        for segment in tokens[None].split(segment_len, dim=1):
+            before = memory
             with record_attention(model) as recorded:
-                _, memory, *_ = model(segment, before)
-            T = segment.size(1)
-            if len(recorded) != L * (T if feedback else 1):
-                name = type(model).__name__
-                raise ValueError(f"{name} shows no attention: take the plain model")
-            for i in range(T):
-                if feedback:  # one softmax a step and layer, over the vectors before
-                    rows = [w[0, :, 0] for w in recorded[L * i : L * (i + 1)]]
-                    M = rows[0].size(1)
-                    slots = [("vectors", first + i - M, 1, M)]
-                else:
-                    M = recorded[0].size(3) - T  # remembered, C compressed ones among them
-                    rows = [w[0, :, i, : M + i + 1] for w in recorded]
-                    slots = [("segment", first, 1, i + 1)]
-                    C = M - before[0][1].size(1) if compressive and before else 0
-                    if M > C:
-                        slots.insert(0, ("memory", first - (M - C), 1, M - C))
-                    if C:
-                        old = first - (M - C) - rate * C
-                        slots.insert(0, ("compressed", old, rate, C))
-                result.weights.append(torch.stack(rows).float().cpu())  # (L, H, K)
-                result.slots.append(slots)
+                _, memory = model(segment, before)
+            rows = _by_token(model, recorded, segment.size(1))
+            for i, weights in enumerate(rows):
+                result.weights.append(weights.float().cpu())
+                result.slots.append(_slots(model, before, read, i, weights.size(-1)))
+            read += segment.size(1)
     finally:
         model.train(training)
-    if feedback:
+    if hasattr(model, "memory"):
         result.mixture = model.memory.layer_weights.softmax(dim=0).cpu()
     return result
 
 
+def _by_token(model, recorded, T):
+    """What was recorded of a segment of T tokens: (L, H, K) for each of them."""
+    L = len(model.layers)
+    if hasattr(model, "memory") and len(recorded) == T * L:  # layers of steps, (1, H, 1, M)
+        steps = [recorded[L * i : L * (i + 1)] for i in range(T)]
+        return [torch.cat(step)[:, :, 0] for step in steps]
+    if len(recorded) != L:
+        name = type(model).__name__
+        raise ValueError(f"{name} does not show its attention: take the plain model")
+    whole = torch.cat(recorded)  # (L, H, T, K)
+    K = whole.size(3)
+    return [whole[:, :, i, : K - T + i + 1] for i in range(T)]  # nothing of the future
+
+
+def _slots(model, memory, read, i, K):
+    """The K slots of token i of a segment, `read` tokens before it, in `Reads.slots`."""
+    if hasattr(model, "memory"):
+        return [("vectors", read + i - K, 1, K)]
+    M, C, rate = K - i - 1, 0, 1  # remembered states, C compressed ones among them
+    if hasattr(model, "memories") and memory:
+        M, rate = memory[0][1].size(1), model.memories[0].rate
+        C = K - i - 1 - M
+    zones = [
+        ("compressed", read - M - rate * C, rate, C),
+        ("memory", read - M, 1, M),
+        ("segment", read, 1, i + 1),
+    ]
+    return [zone for zone in zones if zone[-1]]
+
+
 def _hashed_reads(model, tokens):
     """The same of a Reformer: every earlier token is a slot, which hashing may find."""
-    weights, buckets = _look(model, tokens)
+    weights, buckets = _look(model, tokens[None])
     whole = torch.cat(weights).float().cpu()  # (L, H, N, N)
     hashed = buckets[0] is not None
-    zone, N = "bucket" if hashed else "segment", tokens.size(1)
+    zone, N = "bucket" if hashed else "segment", len(tokens)
     rows = [whole[:, :, t, : t + 1] for t in range(N)]
-    result = Reads(tokens[0].cpu(), rows, [[(zone, 0, 1, t + 1)] for t in range(N)])
+    result = Reads(tokens.cpu(), rows, [[(zone, 0, 1, t + 1)] for t in range(N)])
     if hashed:
         buckets = torch.stack(buckets)[:, :, 0].int().cpu()  # (L, P, H, N)
         place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)
