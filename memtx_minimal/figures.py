@@ -311,7 +311,8 @@ def explorer(reads, vocab, at=None):
     """Display a text in which each character shows what models read at it.
 
     Point at a character, or step to it with the keys: a bar stands over each slot that
-    is read, a tray under each slot that is kept, over all characters that it stands for.
+    is read, a tray under each slot that the model has, all across the characters that
+    it stands for.
 
         tokens = corpus.valid[:300]
         seen = measure.reads(model, tokens, segment_len=32)
@@ -331,7 +332,7 @@ def explorer(reads, vocab, at=None):
     first, *others = reads.values()
     N = len(first.tokens)
     if any(first.tokens.tolist() != other.tokens.tolist() for other in others):
-        raise ValueError("the models read different texts: pass reads of the same tokens")
+        raise ValueError("the models read different texts: pass the same tokens")
     if not 1 <= N <= MOST_TOKENS:
         raise ValueError(f"a text of {N} tokens: pass 1 to {MOST_TOKENS}")
     if at is None:
@@ -346,7 +347,8 @@ def explorer(reads, vocab, at=None):
     picture = base64.b64encode(_few_colours(png(still))).decode()
     page = EXPLORER.read_text(encoding="utf-8")
     zones = "; ".join(f"--{zone}: {COLOUR[name]}" for zone, name in ZONES.items())
-    filled = {"COLOURS": zones, "ALT": html.escape(alt), "WIDTH": str(width), "STILL": picture}
+    filled = {"COLOURS": zones, "ALT": html.escape(alt)}
+    filled |= {"WIDTH": str(width), "STILL": picture}
     for levels, by_head in (255, True), (127, True), (63, True), (127, False):
         filled["DATA"] = _packed(reads, colours, text, at, levels, by_head)
         whole = page
@@ -355,8 +357,8 @@ def explorer(reads, vocab, at=None):
         if len(whole.encode()) <= MOST_BYTES:
             break
     else:
-        kB = len(whole.encode()) // 1000
-        raise ValueError(f"{kB} kB, more than {MOST_BYTES // 1000}: fewer models or tokens")
+        size = f"{len(whole.encode()) // 1000} kB, more than {MOST_BYTES // 1000}"
+        raise ValueError(f"{size}: fewer models or tokens would fit")
     bundle = {"text/html": whole, "image/png": picture, "text/plain": alt}
     about = {"image/png": {"alt": alt, "width": width}}
     display(bundle, raw=True, metadata=about)
@@ -462,9 +464,10 @@ def _still(reads, text, at, per_row=75):
                 held.add(n)
         for n, token in enumerate(text):
             y, x = divmod(n, per_row)
-            look = {"color": "black", "weight": "bold"} if n in held else {"color": "#707070"}
-            look |= {"family": "monospace", "fontsize": 8.5, "ha": "center", "va": "center"}
-            axes.text(x + 0.5, y, token.replace("\n", "↵"), parse_math=False, **look)
+            look = {"family": "monospace", "fontsize": 8.5, "parse_math": False}
+            look |= {"ha": "center", "va": "center", "color": "#707070"}
+            look |= {"color": "black", "weight": "bold"} if n in held else {}
+            axes.text(x + 0.5, y, token.replace("\n", "↵"), **look)
         y, x = divmod(at, per_row)
         here = plt.Rectangle((x, y - 0.24), 1, 0.46, fill=False, color="black")
         axes.add_patch(here)

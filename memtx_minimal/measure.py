@@ -379,7 +379,7 @@ def reads(model, tokens, segment_len=None):
 def _by_token(model, recorded, T):
     """What was recorded of a segment of T tokens: (L, H, K) for each of them."""
     L = len(model.layers)
-    if hasattr(model, "memory") and len(recorded) == T * L:  # layers of steps, (1, H, 1, M)
+    if hasattr(model, "memory") and len(recorded) == T * L:  # step by step, (1, H, 1, M)
         steps = [recorded[L * i : L * (i + 1)] for i in range(T)]
         return [torch.cat(step)[:, :, 0] for step in steps]
     if len(recorded) != L:
@@ -391,7 +391,7 @@ def _by_token(model, recorded, T):
 
 
 def _slots(model, memory, read, i, K):
-    """The K slots of token i of a segment, `read` tokens before it, in `Reads.slots`."""
+    """The K slots of token i of a segment that comes after `read` tokens."""
     if hasattr(model, "memory"):
         return [("vectors", read + i - K, 1, K)]
     M, C, rate = K - i - 1, 0, 1  # remembered states, C compressed ones among them
