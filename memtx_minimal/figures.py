@@ -445,7 +445,7 @@ def _still(reads, text, at, per_row=75):
         figsize=(6.4, (0.45 + 0.3 * n_rows) * len(reads)),
     )  # fmt: skip
     for axes, (name, one) in zip(every[:, 0], reads.items()):
-        axes.set_title(f"{name}: {_shares(one, at)}")
+        axes.set_title(f"{name}: {_shares(one, at)}", loc="left")
         axes.set(xlim=(-0.5, per_row), ylim=(n_rows - 0.4, -0.8))
         axes.axis("off")
         slots, held = _top_layer(one, at), {at}

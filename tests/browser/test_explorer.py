@@ -151,7 +151,7 @@ def test_the_keyboard_steps_and_words_say_what_is_read(opened, reads, page):
 def test_the_zones_say_what_the_model_has_and_how_much_it_reads(opened, reads):
     explorer = opened()
     panel(explorer, "Compressive").locator("[data-t='21']").hover()
-    lines = panel(explorer, "Compressive").locator("li").all_inner_texts()
+    lines = panel(explorer, "Compressive").locator(".lines div").all_inner_texts()
     one, lines = reads["Compressive"], [" ".join(line.split()) for line in lines]
     read, start = one.weights[21][2].mean(dim=0), 0
     for zone, _, width, n in one.slots[21]:
@@ -161,6 +161,9 @@ def test_the_zones_say_what_the_model_has_and_how_much_it_reads(opened, reads):
         assert re.search(rf": {n} \w+", line)
         assert abs(int(re.search(r"(\d+) %$", line)[1]) - 100 * share) <= 1.5
         start += n
+    samples = panel(explorer, "Compressive").locator(".lines i")
+    heights = samples.evaluate_all("all => all.map(i => getComputedStyle(i).borderBottom)")
+    assert len(heights) == 3 and all(one.startswith("3px solid") for one in heights)
     gone = 22 - sum(width * n for *_, width, n in one.slots[21])
     assert f"grey, before it: {gone} characters out of reach" in lines
 
@@ -212,8 +215,9 @@ def test_text_and_bars_are_seen_in_the_light_and_in_the_dark(opened, page, theme
     explorer = opened(theme=theme)
     paper = THEMES[theme][1]
     for pick, style, least in [
-        ("[role=option], li, p, label, select, output, button", "color", 4.5),
+        ("[role=option], .lines div, p, label, select, output, button", "color", 4.5),
         (".text i", "backgroundColor", 3),
+        (".lines i", "borderBottomColor", 3),
     ]:
         each = "(all, style) => all.map(one => getComputedStyle(one)[style])"
         colors = sorted(set(explorer.locator(pick).evaluate_all(each, style)))
