@@ -432,7 +432,7 @@ def _few_colours(picture):
     """A PNG with a palette, a third as long."""
     buffer = io.BytesIO()
     whole = Picture.open(io.BytesIO(picture)).convert("RGB")
-    few = whole.convert("P", palette=Picture.Palette.ADAPTIVE, colors=128)
+    few = whole.quantize(64, Picture.Quantize.FASTOCTREE)  # keeps the models' colours
     few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
