@@ -264,7 +264,7 @@ def test_shares_add_up_to_one_when_they_are_small(shown):
 
 
 def test_heads_become_their_mean_where_they_would_not_fit(shown, monkeypatch):
-    monkeypatch.setattr(figures, "MOST_BYTES", 62_000)
+    monkeypatch.setattr(figures, "MOST_BYTES", 45_000)
     one = spread(1, 4, sharpness=1)
     figures.explorer({"vanilla": one}, VOCAB)
     (model,) = unpacked(shown[0][0]["text/html"])["models"]

@@ -185,6 +185,17 @@ def test_a_click_holds_a_slider_steps_and_play_goes_on(opened, page):
     explorer.get_by_role("button", name="Play").wait_for()
 
 
+def test_a_finger_moves_on_where_a_mouse_is_held(opened):
+    own = panel(opened(WIDTHS[1]), "vanilla")
+    own.locator("[data-t='5']").click()
+    box = own.locator("[data-t='12']").bounding_box()
+    place = {"clientX": box["x"] + 3, "clientY": box["y"] + 3, "bubbles": True}
+    for kind, t in [("mouse", "5"), ("touch", "12")]:
+        where = own.locator("[data-t='5']")  # a finger's events stay where it came down
+        where.dispatch_event("pointermove", place | {"pointerType": kind})
+        assert own.locator(".here").get_attribute("data-t") == t
+
+
 def luminance(color):
     r, g, b = (
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color
@@ -240,7 +251,7 @@ def test_models_stand_beside_or_below_each_other_and_fit(opened, page, size):
 
 
 def test_nothing_moves_under_the_pointer(opened):
-    explorer = opened()
+    explorer = opened(WIDTHS[1])  # where words take one line or three
     places = set()
     for t in (0, 9, 21):
         explorer.locator("input").fill(str(t))
