@@ -321,12 +321,13 @@ def explorer(reads, vocab, at=None):
     reads: {name: measure.Reads}, of one text, side by side. A name is one of COLOUR, or
     begins with it: "Transformer-XL, memory of 64". vocab decodes the tokens. at: the
     token shown first, and in the still picture that stands in where no script runs;
-    None takes one soon after a segment began. One piece of HTML, at most 300 kB, which
-    loads nothing; weights are within 1/255, or
-    1/127 or 1/63 where that would be too long, or the heads' mean alone.
-    ValueError for other names, different or overlong texts, and what does not fit.
+    None takes one soon after a segment began. The HTML has at most 300 kB and loads
+    nothing. Its weights are less than 1/255 off; where that would be too long, 1/127,
+    then 1/63, then it has the mean over the heads alone. ValueError for other names,
+    different or overlong texts, and what does not fit.
     """
-    colours = {name: _colour_of(name) for name in reads}
+    for name in reads:
+        _colour_of(name)
     if not reads:
         raise ValueError("nothing to show: pass {name: measure.reads(...)}")
     first, *others = reads.values()
@@ -345,23 +346,25 @@ def explorer(reads, vocab, at=None):
     still, alt = _still(reads, text, at), _in_words(reads, text, at)
     width = int(still.get_figwidth() * 100)
     picture = base64.b64encode(_few_colours(png(still))).decode()
-    page = EXPLORER.read_text(encoding="utf-8")
-    zones = "; ".join(f"--{zone}: {COLOUR[name]}" for zone, name in ZONES.items())
-    filled = {"COLOURS": zones, "ALT": html.escape(alt)}
-    filled |= {"WIDTH": str(width), "STILL": picture}
-    for levels, by_head in (255, True), (127, True), (63, True), (127, False):
-        filled["DATA"] = _packed(reads, colours, text, at, levels, by_head)
-        whole = page
-        for name, value in filled.items():
-            whole = whole.replace(f"@{name}@", value)
-        if len(whole.encode()) <= MOST_BYTES:
-            break
-    else:
-        size = f"{len(whole.encode()) // 1000} kB, more than {MOST_BYTES // 1000}"
-        raise ValueError(f"{size}: fewer models or tokens would fit")
-    bundle = {"text/html": whole, "image/png": picture, "text/plain": alt}
+    filled = {"ALT": html.escape(alt), "WIDTH": str(width), "STILL": picture}
+    page = _page(reads, text, at, filled)
+    bundle = {"text/html": page, "image/png": picture, "text/plain": alt}
     about = {"image/png": {"alt": alt, "width": width}}
     display(bundle, raw=True, metadata=about)
+
+
+def _page(reads, text, at, filled):
+    """explorer.html with its places filled in, as exact as fits in MOST_BYTES."""
+    zones = "; ".join(f"--{zone}: {COLOUR[name]}" for zone, name in ZONES.items())
+    for levels, by_head in (255, True), (127, True), (63, True), (127, False):
+        page = EXPLORER.read_text(encoding="utf-8")
+        data = _packed(reads, text, at, levels, by_head)
+        for name, value in (filled | {"COLOURS": zones, "DATA": data}).items():
+            page = page.replace(f"@{name}@", value)
+        if len(page.encode()) <= MOST_BYTES:
+            return page
+    size = f"{len(page.encode()) // 1000} kB, more than {MOST_BYTES // 1000}"
+    raise ValueError(f"{size}: fewer models or tokens would fit")
 
 
 def _colour_of(name):
@@ -371,7 +374,7 @@ def _colour_of(name):
     raise ValueError(f"{name!r} is not one of {', '.join(COLOUR)}, nor begins with one")
 
 
-def _packed(reads, colours, text, at, levels, by_head):
+def _packed(reads, text, at, levels, by_head):
     """What explorer.html unpacks: a line of JSON, then the weights, a byte each."""
     models, weights = [], []
     for name, one in reads.items():
@@ -385,7 +388,7 @@ def _packed(reads, colours, text, at, levels, by_head):
         }
         rounds = [] if one.buckets is None else list(range(one.buckets.size(1)))
         sizes = {"layers": L, "heads": H, "levels": levels, "rounds": rounds}
-        about = {"name": name, "colour": colours[name], "slots": one.slots}
+        about = {"name": name, "colour": _colour_of(name), "slots": one.slots}
         models.append(about | sizes | numbers)
         flat = np.concatenate([_whole(w, levels) for w in exact], axis=-1)
         weights.append(flat.astype(np.uint8).tobytes())

@@ -379,7 +379,7 @@ def reads(model, tokens, segment_len=None):
 def _by_token(model, recorded, T):
     """What was recorded of a segment of T tokens: (L, H, K) for each of them."""
     L = len(model.layers)
-    if hasattr(model, "memory") and len(recorded) == T * L:  # step by step, (1, H, 1, M)
+    if hasattr(model, "memory") and len(recorded) == T * L:  # steps: (1, H, 1, M)
         steps = [recorded[L * i : L * (i + 1)] for i in range(T)]
         return [torch.cat(step)[:, :, 0] for step in steps]
     if len(recorded) != L:
