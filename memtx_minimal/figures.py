@@ -4,7 +4,11 @@ Each function draws on an axes that it is given, so that a reader can put the pi
 `show` displays a finished figure, `show_animation` a list of them, both with a text for those who cannot see it.
 """
 
+import base64
+import html
 import io
+import json
+import zlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +22,10 @@ DARK_GREY = "#8a8a8a"
 COLOUR = {  # of each model, in the whole book
     "vanilla": BLUE, "Transformer-XL": ORANGE, "Compressive": GREEN, "Feedback": PINK,
     "Reformer": "#E69F00",
+}  # fmt: skip
+ZONES = {  # of what attention can read: the model that brought it, and so its colour
+    "segment": "vanilla", "memory": "Transformer-XL", "compressed": "Compressive",
+    "vectors": "Feedback", "bucket": "Reformer",
 }  # fmt: skip
 
 
@@ -292,4 +300,180 @@ def four_answers():
         line.set_color(colors[line.get_xdata()[0]])
     for layer in range(3):
         axes[4].scatter(range(12), [layer] * 12, s=60, color=colors, zorder=3)
+    return figure
+
+
+# ---------------------------------------------------------------- look inside
+
+EXPLORER = Path(__file__).with_name("explorer.html")
+MOST_TOKENS, MOST_BYTES = 400, 300_000
+
+
+def explorer(reads, vocab, at=None):
+    """Display a text in which each character shows what models read at it.
+
+    Point at a character, or step to it with the keys: a bar stands over each slot that
+    is read, a tray under each slot that the model has, all across the characters that
+    it stands for.
+
+        tokens = corpus.valid[:300]
+        seen = measure.reads(model, tokens, segment_len=32)
+        figures.explorer({"Transformer-XL": seen}, corpus.vocab)
+
+    reads: {name: measure.Reads}, of one text, side by side. A name is one of COLOUR, or
+    begins with it: "Transformer-XL, memory of 64". vocab decodes the tokens. at: the
+    token shown first, and in the still picture that stands in where no script runs;
+    None takes one soon after a segment began. The HTML has at most 300 kB and loads
+    nothing. Its weights are less than 1/255 off; where that would be too long, 1/127,
+    then 1/63, then it has the mean over the heads alone. ValueError for other names,
+    different or overlong texts, and what does not fit.
+    """
+    for name in reads:
+        _colour_of(name)
+    if not reads:
+        raise ValueError("nothing to show: pass {name: measure.reads(...)}")
+    first, *others = reads.values()
+    N = len(first.tokens)
+    if any(first.tokens.tolist() != other.tokens.tolist() for other in others):
+        raise ValueError("the models read different texts: pass the same tokens")
+    if not 1 <= N <= MOST_TOKENS:
+        raise ValueError(f"a text of {N} tokens: pass 1 to {MOST_TOKENS}")
+    if at is None:
+        zone, start, *_ = first.slots[-1][-1]
+        at = min(start + 2, N - 1) if zone == "segment" and start else 3 * N // 4
+    if not 0 <= at < N:
+        raise ValueError(f"at={at}: this text has the tokens 0 ... {N - 1}")
+    text = [vocab.decode([token]) for token in first.tokens]
+
+    still, alt = _still(reads, text, at), _in_words(reads, text, at)
+    width = int(still.get_figwidth() * 100)
+    picture = base64.b64encode(_few_colours(png(still))).decode()
+    filled = {"ALT": html.escape(alt), "WIDTH": str(width), "STILL": picture}
+    page = _page(reads, text, at, filled)
+    bundle = {"text/html": page, "image/png": picture, "text/plain": alt}
+    about = {"image/png": {"alt": alt, "width": width}}
+    display(bundle, raw=True, metadata=about)
+
+
+def _page(reads, text, at, filled):
+    """explorer.html with its places filled in, as exact as fits in MOST_BYTES."""
+    zones = "; ".join(f"--{zone}: {COLOUR[name]}" for zone, name in ZONES.items())
+    for levels, by_head in (255, True), (127, True), (63, True), (127, False):
+        page = EXPLORER.read_text(encoding="utf-8")
+        data = _packed(reads, text, at, levels, by_head)
+        for name, value in (filled | {"COLOURS": zones, "DATA": data}).items():
+            page = page.replace(f"@{name}@", value)
+        if len(page.encode()) <= MOST_BYTES:
+            return page
+    size = f"{len(page.encode()) // 1000} kB, more than {MOST_BYTES // 1000}"
+    raise ValueError(f"{size}: fewer models or tokens would fit")
+
+
+def _colour_of(name):
+    for model, colour in COLOUR.items():
+        if name == model or name.startswith(model + ","):
+            return colour
+    raise ValueError(f"{name!r} is not one of {', '.join(COLOUR)}, nor begins with one")
+
+
+def _packed(reads, text, at, levels, by_head):
+    """What explorer.html unpacks: a line of JSON, then the weights, a byte each."""
+    models, weights = [], []
+    for name, one in reads.items():
+        exact = [w.numpy() for w in one.weights]  # (L, H, K) each
+        if not by_head:
+            exact = [w.mean(axis=1, keepdims=True) for w in exact]
+        L, H, _ = exact[0].shape
+        numbers = {  # tensors as nested lists
+            key: None if (tensor := getattr(one, key)) is None else tensor.tolist()
+            for key in ("mixture", "buckets", "chunks")
+        }
+        rounds = [] if one.buckets is None else list(range(one.buckets.size(1)))
+        sizes = {"layers": L, "heads": H, "levels": levels, "rounds": rounds}
+        about = {"name": name, "colour": _colour_of(name), "slots": one.slots}
+        models.append(about | sizes | numbers)
+        flat = np.concatenate([_whole(w, levels) for w in exact], axis=-1)
+        weights.append(flat.astype(np.uint8).tobytes())
+    line = json.dumps({"text": text, "at": at, "models": models}, separators=(",", ":"))
+    packed = zlib.compress(line.encode() + b"\n" + b"".join(weights), level=9)
+    return base64.b64encode(packed).decode()
+
+
+def _whole(weights, levels):
+    """Shares of 1 as whole numbers that add up to `levels`, each less than 1 off."""
+    exact = weights.astype(float) * levels
+    down = np.floor(exact)
+    left = levels - down.sum(axis=-1, keepdims=True)  # for the largest remainders
+    rank = (down - exact).argsort(axis=-1, kind="stable").argsort(axis=-1)
+    return down + (rank < left.round())
+
+
+def _top_layer(one, t):
+    """(zone, first, width, share) of each slot: the mean of the top layer's heads."""
+    shares = iter(one.weights[t][-1].mean(dim=0).tolist())
+    return [
+        (zone, first + width * i, width, next(shares))
+        for zone, first, width, n in one.slots[t]
+        for i in range(n)
+    ]
+
+
+def _shares(one, t):
+    """How much of each zone the top layer reads, in words."""
+    share = {}
+    for zone, _, _, weight in _top_layer(one, t):
+        share[zone] = share.get(zone, 0) + weight
+    parts = (f"{zone} {value:.0%}" for zone, value in share.items())
+    return ", ".join(parts) or "nothing"
+
+
+def _in_words(reads, text, at):
+    """What the still picture shows, for those who cannot see it."""
+    each = ". ".join(f"{name}: {_shares(one, at)}" for name, one in reads.items())
+    return f"What {text[at]!r} at {at} reads in the top layer. {each}."
+
+
+def _few_colours(picture):
+    """A PNG with a palette, a third as long."""
+    buffer = io.BytesIO()
+    whole = Picture.open(io.BytesIO(picture)).convert("RGB")
+    few = whole.quantize(64, Picture.Quantize.FASTOCTREE)  # keeps the models' colours
+    few.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def _still(reads, text, at, per_row=75):
+    """One moment of the explorer as a picture: a new figure."""
+    n_rows = -(-len(text) // per_row)
+    figure, every = plt.subplots(
+        len(reads), 1, squeeze=False, layout="constrained",
+        figsize=(6.4, (0.45 + 0.3 * n_rows) * len(reads)),
+    )  # fmt: skip
+    for axes, (name, one) in zip(every[:, 0], reads.items()):
+        axes.set_title(f"{name}: {_shares(one, at)}", loc="left")
+        axes.set(xlim=(-0.5, per_row), ylim=(n_rows - 0.4, -0.8))
+        axes.axis("off")
+        slots, held = _top_layer(one, at), {at}
+        most = max((share for *_, share in slots), default=1)
+        for zone, first, width, share in slots:
+            if zone == "bucket" and share == 0:
+                continue
+            color = COLOUR[ZONES[zone]]
+            for n in range(first, first + width):
+                y, x = divmod(n, per_row)
+                sides = x + 0.1 * (n == first), x + 1 - 0.1 * (n == first + width - 1)
+                axes.plot(sides, [y + 0.25] * 2, color=color, solid_capstyle="butt")
+                height = 0.42 * share / most
+                box = (sides[0], y - 0.25 - height), sides[1] - sides[0], height
+                axes.add_patch(plt.Rectangle(*box, color=color, linewidth=0))
+                held.add(n)
+        for n, token in enumerate(text):
+            y, x = divmod(n, per_row)
+            look = {"family": "monospace", "fontsize": 8.5, "parse_math": False}
+            look |= {"ha": "center", "va": "center", "color": "#707070"}
+            look |= {"color": "black", "weight": "bold"} if n in held else {}
+            axes.text(x + 0.5, y, token.replace("\n", "↵"), **look)
+        y, x = divmod(at, per_row)
+        here = plt.Rectangle((x, y - 0.24), 1, 0.46, fill=False, color="black")
+        axes.add_patch(here)
     return figure

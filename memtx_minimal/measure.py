@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set, ValuesView
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Number
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memtx_minimal import inputs
 from memtx_minimal.reformer import attention_weights
 
 # ---------------------------------------------------------------- bytes
@@ -279,11 +281,18 @@ def look(model, tokens):
 
     One tensor of weights a layer, (B, H, T, T), in the order of the text.
     """
-    weights, training = [], model.training
+    weights, _ = _look(model, tokens)
+    return weights
+
+
+def _look(model, tokens):
+    """The weights of each layer, and its buckets (P, B, H, T); None if it has none."""
+    weights, hashes, training = [], [], model.training
 
     def record(block, args, _):
         q, k, _ = block.heads(args[0])
-        weights.append(attention_weights(q, k, block.hash(q, block.seed), block.settings))
+        hashes.append(block.hash(q, block.seed))
+        weights.append(attention_weights(q, k, hashes[-1], block.settings))
 
     hooks = [block.register_forward_hook(record) for block in model.blocks[::2]]
     try:
@@ -292,4 +301,122 @@ def look(model, tokens):
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return weights
+    return weights, hashes
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@dataclass
+class Reads:
+    """What each layer and head of a model reads at each token of a text: see `reads`.
+
+    A slot is what attention can read: one key and value. It stands for `width` tokens
+    of the text, for one or, if compressed, for several.
+    """
+
+    tokens: torch.Tensor  # (N,)
+    weights: list  # for each token (L, H, K): how much of each of K slots it reads
+    slots: list  # for each token [(zone, first, width, n)]: n slots, side by side, the
+    # first one for the tokens first ... first + width - 1; all K of them, oldest first
+    mixture: torch.Tensor | None = None  # Feedback: weights of the states, (L + 1,)
+    buckets: torch.Tensor | None = None  # Reformer, hashed: (L, P, H, N)
+    chunks: torch.Tensor | None = None  # in which chunk of each round: like buckets
+
+    def stands_for(self, t):
+        """The tokens that each slot of token t stands for: K ranges of positions."""
+        return [
+            range(first + width * i, first + width * (i + 1))
+            for _, first, width, n in self.slots[t]
+            for i in range(n)
+        ]
+
+
+@torch.no_grad()
+def reads(model, tokens, segment_len=None):
+    """What each layer and head of a model reads at each token of a text: `Reads`.
+
+    model: of any of the chapters 0 to 4. tokens: (N,), read from the start of a stream,
+    segment by segment, in evaluation. segment_len: as in training; None takes the
+    model's window or memory. A Reformer reads the whole text in one window.
+
+    Zones of slots: "segment", states of this segment or window; "memory", remembered
+    states; "compressed", compressed ones; "vectors", the Feedback Transformer's; and
+    "bucket", what a Reformer's hashing may find. ValueError for what does not fit, and
+    for a model that keeps its attention to itself, such as one that was sped up.
+    """
+    if tokens.dim() != 1:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)}; pass one text, (N,)")
+    if hasattr(model, "blocks"):
+        return _hashed_reads(model, tokens)
+    if segment_len is None:
+        segment_len = getattr(model, "max_len", None) or model.mem_len
+    inputs.check_sizes({"segment_len": segment_len})
+    if hasattr(model, "memories"):
+        inputs.check_number("segment_len", segment_len, 1, model.mem_len)
+        if type(model.memories[0].compress).__name__ == "MostUsed":
+            raise ValueError("most-used keeps other tokens in each layer: none to show")
+    result, memory = Reads(tokens.cpu(), [], []), None
+    read, training = 0, model.training
+    model.eval()
+    try:
+        for segment in tokens[None].split(segment_len, dim=1):
+            before = memory
+            with record_attention(model) as recorded:
+                _, memory = model(segment, before)
+            rows = _by_token(model, recorded, segment.size(1))
+            for i, weights in enumerate(rows):
+                result.weights.append(weights.float().cpu())
+                result.slots.append(_slots(model, before, read, i, weights.size(-1)))
+            read += segment.size(1)
+    finally:
+        model.train(training)
+    if hasattr(model, "memory"):
+        result.mixture = model.memory.layer_weights.softmax(dim=0).cpu()
+    return result
+
+
+def _by_token(model, recorded, T):
+    """What was recorded of a segment of T tokens: (L, H, K) for each of them."""
+    L = len(model.layers)
+    if hasattr(model, "memory") and len(recorded) == T * L:  # steps: (1, H, 1, M)
+        steps = [recorded[L * i : L * (i + 1)] for i in range(T)]
+        return [torch.cat(step)[:, :, 0] for step in steps]
+    if len(recorded) != L:
+        name = type(model).__name__
+        raise ValueError(f"{name} does not show its attention: take the plain model")
+    whole = torch.cat(recorded)  # (L, H, T, K)
+    K = whole.size(3)
+    return [whole[:, :, i, : K - T + i + 1] for i in range(T)]  # nothing of the future
+
+
+def _slots(model, memory, read, i, K):
+    """The K slots of token i of a segment that comes after `read` tokens."""
+    if hasattr(model, "memory"):
+        return [("vectors", read + i - K, 1, K)]
+    M, C, rate = K - i - 1, 0, 1  # remembered states, C compressed ones among them
+    if hasattr(model, "memories") and memory:
+        M, rate = memory[0][1].size(1), model.memories[0].rate
+        C = K - i - 1 - M
+    zones = [
+        ("compressed", read - M - rate * C, rate, C),
+        ("memory", read - M, 1, M),
+        ("segment", read, 1, i + 1),
+    ]
+    return [zone for zone in zones if zone[-1]]
+
+
+def _hashed_reads(model, tokens):
+    """The same of a Reformer: every earlier token is a slot, which hashing may find."""
+    weights, buckets = _look(model, tokens[None])
+    whole = torch.cat(weights).float().cpu()  # (L, H, N, N)
+    hashed = buckets[0] is not None
+    zone, N = "bucket" if hashed else "segment", len(tokens)
+    rows = [whole[:, :, t, : t + 1] for t in range(N)]
+    result = Reads(tokens.cpu(), rows, [[(zone, 0, 1, t + 1)] for t in range(N)])
+    if hashed:
+        buckets = torch.stack(buckets)[:, :, 0].int().cpu()  # (L, P, H, N)
+        place = buckets.argsort(dim=-1, stable=True).argsort(dim=-1)
+        result.chunks = place // model.settings.chunk_len
+        result.buckets = buckets if model.settings.same_bucket else 0 * buckets
+    return result
