@@ -2,9 +2,10 @@
 
 Solutions run in notebooks/solutions; here are starters and wrong answers."""
 
-import builtins
+import importlib
 import math
 import re
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
@@ -12,10 +13,10 @@ import pytest
 import sync
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from memtx_minimal import exercises, reformer, tasks, transformer_xl, vanilla_transformer
+from memtx_minimal import exercises, transformer_xl, vanilla_transformer
 from memtx_minimal.exercises.core import EXERCISES, NotRight, called_by, check, differ, require, show
+from memtx_minimal.feedback_transformer import FeedbackTransformer, step
 from memtx_minimal.transformer_xl import RelativeAttention, TransformerXL, distances, rel_shift
 
 CHAPTERS = {  # number of the exercises -> notebook
@@ -54,31 +55,26 @@ def test_starters_and_solutions_are_there(taught):
         assert list(cells(sync.ROOT / "notebooks" / path)) == mine, path
 
 
-class Names(dict):
-    """What the chapter would have defined by then: not known here."""
-
-    def __missing__(self, name):
-        if hasattr(builtins, name):
-            raise KeyError(name)
-        return ...
-
-
 def known(name):
-    """What a starter finds: torch, and all that the models define."""
-    found = dict(torch=torch, nn=nn, F=F, math=math, exercises=exercises, T=32)
-    for module in (vanilla_transformer, transformer_xl, reformer):
-        found |= vars(module)
+    """What a starter finds in its chapter: the models' code, and small things."""
+    torch.manual_seed(0)
+    found = vars(vanilla_transformer) | vars(transformer_xl)
     for path in sync.chapter_modules(sync.ROOT, name):
-        module = __import__(f"memtx_minimal.{path.stem}", fromlist=["."])
-        found |= vars(module)
-    return found | {"exercises": exercises, "__name__": "__main__"}
+        found |= vars(importlib.import_module(f"memtx_minimal.{path.stem}"))
+    sizes = dict(d_model=16, n_heads=2, n_layers=2, d_ff=32)
+    return found | {
+        "torch": torch, "exercises": exercises, "__name__": "__main__",
+        "model": vanilla_transformer.VanillaTransformer(10, **sizes).eval(),
+        "corpus": SimpleNamespace(valid=torch.randint(10, (200,))),
+        "tiny": FeedbackTransformer(10, **sizes, mem_len=6).double(),
+        "own": 1.7, "none": 1.9,
+    }  # fmt: skip
 
 
 def test_starters_run_and_are_not_answered_yet(taught, capsys):
     _, name = taught
     for number, source in cells(sync.ROOT / "notebooks" / f"{name}.py").items():
-        globals_ = known(name)
-        exec(source, globals_, Names({n: globals_[n] for n in globals_}))
+        exec(source, known(name))
         assert capsys.readouterr().out == f"{number}: not answered yet\n"
 
 
@@ -86,7 +82,7 @@ def test_each_exercise_has_goal_minutes_difficulty_and_hint(taught):
     number, name = taught
     text = sync.read(sync.ROOT / "notebooks" / f"{name}.py")
     for n in [n for n in EXERCISES if chapter(n) == number]:
-        start = text.index(f"**{n} ")
+        start = text.index(f"# **{n} ") + 2
         words = text[start : text.index("# %%", start)]
         assert re.match(r"\*\*[\w.]+ [^*]+\*\* \*\([^;]+; (easy|middle|hard); \d+ minutes\)\*", words.replace("\n# ", " ")), n
         after = text[text.index(f'exercises.check("{n}"') :]
@@ -256,3 +252,136 @@ def test_through():
     refused("1.7", TransformerXL(**sizes), why="is `detach` gone?")
     refused("1.7", TransformerXL, why="hand in a model")
     refused("1.7", 3, why="hand in a model, .*, and not a int")
+
+
+# ---------------------------------------------------------------- chapter 0
+
+
+@pytest.fixture
+def vanilla():
+    torch.manual_seed(0)
+    return vanilla_transformer.VanillaTransformer(10, 16, 2, 2, 32, max_len=64).eval()
+
+
+@torch.no_grad()
+def slid(model, tokens, drop=True):
+    """The last of 65 tokens, from keys and values of those before, less the oldest."""
+    x, y = (
+        model.embedding(part) + vanilla_transformer.sinusoid(places, 16)
+        for part, places in ((tokens[:, :64], torch.arange(64)), (tokens[:, 64:], torch.tensor([63])))
+    )
+    for layer in model.layers:
+        _, k, v = parts(layer, x)
+        q, new_k, new_v = parts(layer, y)
+        k, v = (torch.cat([old[:, :, drop:], new], dim=2) for old, new in ((k, new_k), (v, new_v)))
+        y = y + layer.attention.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y, x = y + layer.feed_forward(layer.norm_feed_forward(y)), layer(x)
+    return model.head(model.norm(y))[:, -1]
+
+
+def parts(layer, x):
+    qkv = layer.attention.query_key_value(layer.norm_attention(x))
+    return qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+
+
+def test_slide(vanilla, capsys):
+    check("0.4", lambda tokens: slid(vanilla, tokens), vanilla)
+    assert "from the logits of the last 64, read anew" in capsys.readouterr().out
+    refused("0.4", lambda tokens: slid(vanilla, tokens, drop=False), vanilla, why="the oldest of each layer out")
+    refused("0.4", lambda tokens: vanilla(tokens[:, 1:])[0][:, -1], vanilla, why="read anew: go on from the cache")
+    refused("0.4", lambda tokens: vanilla(tokens)[0], vanilla, why="fails with ValueError")
+    refused("0.4", lambda tokens: slid(vanilla, tokens)[0], vanilla, why=r"shape should be \(1, 10\)")
+
+
+@torch.no_grad()
+def sliding(model, stream, n, first=0, width=64):
+    windows = stream[first + 64 - width : first + n + 63].unfold(0, width, 1)
+    return F.cross_entropy(model(windows)[0][:, -1], stream[64 + first : 64 + first + n]).item()
+
+
+def test_sliding(vanilla):
+    stream = torch.randint(10, (200,), generator=torch.Generator().manual_seed(0))
+    check("0.5", sliding, vanilla, stream)
+    refused("0.5", lambda *a: sliding(*a, first=1), vanilla, stream, why="character 64 is the first")
+    refused("0.5", lambda *a: sliding(*a, width=63), vanilla, stream, why="not from 63")
+    refused("0.5", lambda m, s, n: n * sliding(m, s, n), vanilla, stream, why="n = 30: .*\nhint: the mean")
+    refused("0.5", lambda *a: math.nan, vanilla, stream, why="n = 1: ")
+
+
+def turn(n, d_model, sign=1):
+    half = d_model // 2
+    angle = n / 10_000 ** (torch.arange(half) / half)
+    sin, cos = sign * angle.sin().diag(), angle.cos().diag()
+    return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
+
+
+def test_turn():
+    check("0.7", turn)
+    refused("0.7", lambda *a: turn(*a, sign=-1), why=r"(?s)my_turn\(1, 2\): dimensions \[0, 1\].*it turns back")
+    refused("0.7", lambda *a: turn(*a).T, why="it turns back")
+    refused("0.7", lambda n, d: torch.eye(d // 2), why=r"a tensor \(2, 2\), and is a tensor \(1, 1\)")
+    order = lambda d: torch.arange(d).view(2, -1).T.flatten()
+    refused("0.7", lambda n, d: turn(n, d)[order(d)][:, order(d)], why="cosines in the second")
+
+
+def test_choices_say_which_is_wrong(capsys):
+    check("0.6", {"one layer": ..., "two layers": False, "with positions": False})
+    assert capsys.readouterr().out == "0.6: not answered yet\n"
+    refused("0.6", [True, False, False], why="hand in the dictionary with the keys one layer")
+    refused("0.6", {"one layer": "yes", "two layers": 0, "with positions": 0}, why="should be True, and is 'yes'")
+
+
+# ---------------------------------------------------------------- chapter 3
+
+
+@pytest.fixture
+def feedback():
+    torch.manual_seed(0)
+    return FeedbackTransformer(10, 16, 2, 2, 32, mem_len=6).double()
+
+
+def test_tracker(feedback):
+    feedback.mem_len = 1  # made with more
+    refused("3.5", feedback, why="mem_len=6, not 1: train a new model")
+    refused("3.5", FeedbackTransformer(10, 16, 2, 2, 32, mem_len=1), why="2 layers, not 1")
+    refused("3.5", FeedbackTransformer(10, 16, 2, 1, 32, mem_len=1), why="above 0.9")
+    refused("3.5", [0.9] * 32, why="hand in a trained FeedbackTransformer, and not a list")
+
+
+def blocks(model, x, kv, S):
+    outputs, vectors = [], []
+    for part in x.split(S, dim=1):
+        n = part.size(1)
+        together = part.flatten(0, 1), kv.repeat_interleave(n, dim=0)
+        output, vector = (y.unflatten(0, (-1, n)) for y in step(model, *together))
+        kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
+        kv = kv[:, -model.mem_len :]
+        outputs.append(output)
+        vectors.append(vector)
+    return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
+
+
+def mixed_up(model, x, kv, S):
+    """The texts of a batch share their memories."""
+    return blocks(model, x, kv.roll(1, dims=0), S)
+
+
+def backwards_in_a_block(model, x, kv, S):
+    turned = torch.cat([part.flip(1) for part in x.split(S, dim=1)], dim=1)
+    *both, kv = blocks(model, turned, kv, S)
+    back = [torch.cat([y.flip(1) for y in all.split(S, dim=1)], dim=1) for all in both]
+    return *back, kv
+
+
+def test_blocks(feedback):
+    check("3.6", blocks, feedback)
+    for wrong, why in [
+        (lambda model, x, kv, S: blocks(model, x, kv, 1), r"S = 4: outputs are wrong at"),
+        (lambda *a: tuple(2 * y for y in blocks(*a)), "S = 1: outputs are wrong at"),
+        (mixed_up, "own text's memory"),
+        (backwards_in_a_block, "S = 4: outputs are wrong"),
+        (lambda *a: blocks(*a)[:2], "return three things"),
+        (lambda *a: blocks(*a)[0], "return three things, .* not a tensor"),
+        (lambda model, x, kv, S: blocks(model, x, kv, S / 2), "fails with TypeError"),
+    ]:
+        refused("3.6", wrong, feedback, why=why)

@@ -83,20 +83,26 @@ def hint(mine, mistakes, case, cases, atol):
     return [f"hint: {max(found, key=found.get)}"] if found else []
 
 
-def value(number, right, mistakes=None, atol=0.0):
-    """Register an exercise whose answer is a number, a string, or several in a list.
+def choices(number, right, why):
+    """Register an exercise whose answer is a dictionary with the keys of `right`.
 
-    mistakes: {hint: the answer that one gets by that mistake}."""
-    mistakes = mistakes or {}
+    why: {key: the hint for those who have it wrong}."""
 
     def judge(mine):
-        if difference := differ(right, mine, atol):
-            hints = [h for h, wrong in mistakes.items() if not differ(wrong, mine, atol)]
-            if not hints and kind(mine) != kind(right):
-                hints = [difference]  # it says of which kind the answer should be
-            fail("\n".join([f"{show(mine)}", *(f"hint: {hint}" for hint in hints[:1])]))
+        if not isinstance(mine, dict) or mine.keys() != right.keys():
+            fail(f"hand in the dictionary with the keys {', '.join(map(str, right))}")
+        for key, answer in right.items():
+            if mine[key] is ...:
+                raise NotAnswered
+            if difference := differ(answer, mine[key], 0.0):
+                told = f": {difference}" if kind(answer) != kind(mine[key]) else ""
+                fail(f"{key}: {show(mine[key])} is not right{told}\nhint: {why[key]}")
 
-    judge.right, judge.mistakes, judge.given = right, mistakes, None
+    wrong = {bool: lambda a: not a, int: lambda a: a + 1, str: lambda a: a + "?"}
+    judge.right, judge.given = right, None
+    judge.mistakes = {
+        why[key]: right | {key: wrong[type(answer)](answer)} for key, answer in right.items()
+    }
     EXERCISES[number] = judge
 
 
