@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from memtx_minimal import exercises, transformer_xl, vanilla_transformer
+from memtx_minimal.compressive_transformer import MaxPooling
 from memtx_minimal.exercises.core import EXERCISES, NotRight, called_by, check, differ, require, show
 from memtx_minimal.feedback_transformer import FeedbackTransformer, step
 from memtx_minimal.transformer_xl import RelativeAttention, TransformerXL, distances, rel_shift
@@ -385,3 +386,64 @@ def test_blocks(feedback):
         (lambda model, x, kv, S: blocks(model, x, kv, S / 2), "fails with TypeError"),
     ]:
         refused("3.6", wrong, feedback, why=why)
+
+
+# ---------------------------------------------------------------- chapter 2
+
+
+@pytest.mark.parametrize("T, M, C, c", [(3, 6, 6, 3), (4, 8, 4, 2), (4, 4, 3, 4), (2, 6, 5, 1)])
+def test_the_slots_are_those_of_the_pipeline(T, M, C, c):
+    from memtx_minimal.exercises.chapter_2 import stands_in
+
+    compressed, memory = [], []
+    for n in range(T, 20 * T + 1, T):
+        memory += [[t] for t in range(n - T, n)]
+        while len(memory) > M:
+            compressed.append(sum(memory[:c], []))
+            memory = memory[c:]
+        row = compressed[-C:] + memory
+        if len(row) == C + M:
+            assert [stands_in(slot, n, M, C, c) for slot in range(C + M)] == row
+
+
+def test_the_words_on_what_training_moves_are_true():
+    from memtx_minimal.exercises.chapter_2 import LOSSES, everything, moved, moves
+
+    for f_c in everything:
+        for loss in LOSSES:
+            assert all(moves(f_c, loss, n) == moved(f_c, loss, n) for n in (1, 2))
+
+
+def compression(forward):
+    return type("Mine", (MaxPooling,), {"forward": forward})
+
+
+def test_newest():
+    check("2.4", compression(lambda self, old, used=None: old[:, self.rate - 1 :: self.rate]))
+    for forward, why in [
+        (lambda self, old, used=None: old[:, :: self.rate], "rate 2: .*\nhint: that is the oldest"),
+        (lambda self, old, used=None: old.flip(1)[:, :: self.rate], "in reverse"),
+        (lambda self, old: old, "used=None"),
+        (lambda self, old, used=None: old, "one state for each group"),
+        (lambda self, old, used=None: old[0], "the shape should be"),
+        (lambda self, old, used=None: None, "returns nothing"),
+    ]:
+        refused("2.4", compression(forward), why=why)
+
+
+def my_scores(attention, q, ages):
+    R = transformer_xl.sinusoid(ages.flatten(), q.size(1) * q.size(3))
+    r = attention.heads(attention.position(R)).unflatten(1, ages.shape)
+    return q.size(-1) ** -0.5 * torch.einsum("bhtd,htkd->bhtk", q + attention.v, r)
+
+
+def test_scores():
+    check("2.7", my_scores)
+    for wrong, why in [
+        (lambda a, q, ages: my_scores(a, q - a.v, ages), "add v to the query"),
+        (lambda a, q, ages: my_scores(a, q - a.v + a.u, ages), "u for contents"),
+        (lambda a, q, ages: my_scores(a, q, ages[:1].expand(3, 5)), "ages of its own"),
+        (lambda a, q, ages: my_scores(a, q, ages) * 8**0.5, "the root of d_head"),
+        (lambda a, q, ages: my_scores(a, q, ages).mT, "the shape should be"),
+    ]:
+        refused("2.7", wrong, why=why)

@@ -83,6 +83,21 @@ def hint(mine, mistakes, case, cases, atol):
     return [f"hint: {max(found, key=found.get)}"] if found else []
 
 
+def value(number, right, mistakes, atol=0.0):
+    """Register an exercise whose answer is a number. mistakes: {hint: the number that
+    one gets by that mistake}."""
+
+    def judge(mine):
+        if difference := differ(right, mine, atol):
+            hints = [h for h, wrong in mistakes.items() if not differ(wrong, mine, atol)]
+            if not hints and kind(mine) != kind(right):
+                hints = [difference]  # it should be a number
+            fail("\n".join([show(mine), *(f"hint: {hint}" for hint in hints[:1])]))
+
+    judge.right, judge.mistakes, judge.given = right, mistakes, None
+    EXERCISES[number] = judge
+
+
 def choices(number, right, why):
     """Register an exercise whose answer is a dictionary with the keys of `right`.
 
