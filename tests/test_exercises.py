@@ -447,3 +447,25 @@ def test_scores():
         (lambda a, q, ages: my_scores(a, q, ages).mT, "the shape should be"),
     ]:
         refused("2.7", wrong, why=why)
+
+
+# ---------------------------------------------------------------- chapter 4
+
+
+def test_once():
+    check("4.2", [2.3, 2.2, 2.1, 2.0], [2.3, 2.25, 2.15, 2.05])
+    for wrong, why in [
+        (([2.3, 2.2, 2.1, 2.0], [2.4, 2.25, 2.15, 2.05]), "finds no key twice"),
+        (([2.3, 2.2, 2.1, 2.0], [2.3, 2.2, 2.1, 2.0]), "switched"),
+        (([2.3], [2.3]), "two lists of four"),
+        ((2.3, 2.3), "two lists of four losses.*this is a float"),
+        (([9.0] * 4, [9, 1, 20, 5]), "more than 0.2"),
+    ]:
+        refused("4.2", *wrong, why=why)
+
+
+def test_broken():
+    check("4.7", 0.2)
+    for wrong in (1e-12, 5e9, float("inf")):
+        refused("4.7", wrong, why="other numbers are dropped")
+    refused("4.7", "20 %", why="a number; this is a str")
