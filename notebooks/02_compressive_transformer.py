@@ -1777,7 +1777,7 @@ exercises.check("2.3", my_even)
 #
 # </details>
 #
-# **2.4 Keep the newest** *(build; easy; 10 minutes)* Write a compression that keeps the newest of each `c` states. When it is right, say
+# **2.4 Keep the newest** *(build; middle; 10 minutes)* Write a compression that keeps the newest of each `c` states. When it is right, say
 # `COMPRESSIONS["newest"] = Newest` and build a model with `compression="newest", loss=None`. Where would you expect
 # it in the figure of section 2.4?
 

@@ -469,3 +469,26 @@ def test_broken():
     for wrong in (1e-12, 5e9, float("inf")):
         refused("4.7", wrong, why="other numbers are dropped")
     refused("4.7", "20 %", why="a number; this is a str")
+
+
+# ---------------------------------------------------------------- the appendices
+
+
+def test_seconds():
+    check("A.4", {1: 0.3, 4: 0.2, 16: 0.1, 64: 0.2})
+    refused("A.4", [0.3, 0.2, 0.1, 0.2], why="hand in {1: .*this is a list")
+    refused("A.4", {1: 0.3, 4: 0.2, 16: 0.1}, why="hand in {1: ")
+    refused("A.4", {1: 0.3, 4: 0.3, 16: 0.3, 64: 0.3}, why="was BLOCK changed")
+    refused("A.4", {1: "0.3", 4: 0.3, 16: 0.3, 64: 0.3}, why="seconds, as numbers")
+
+
+def test_pair():
+    check("B.2", ((1, 0), (0, 0)))
+    for wrong, why in [
+        (((0, 1), (0, 0)), "buckets must differ"),
+        (((1, 0), (0, 1)), "never lies in an earlier chunk"),
+        (((1, 1), (0, 0)), "differ by 2"),
+        ((1, 0), "two pairs"),
+        ((("a", 0), (0, 0)), "whole numbers"),
+    ]:
+        refused("B.2", wrong, why=why)
