@@ -7,9 +7,9 @@ came. One file a chapter holds what is right; `core` asks, compares and words.
 import importlib
 import pkgutil
 
-from memtx_minimal.exercises.core import EXERCISES, NotRight, check, require
+from memtx_minimal.exercises.core import EXERCISES, TAUGHT, NotRight, check, require
 
-__all__ = ["EXERCISES", "NotRight", "check", "require"]
+__all__ = ["EXERCISES", "TAUGHT", "NotRight", "check", "require"]
 
 for file in pkgutil.iter_modules(__path__):  # a chapter joins by its file
     importlib.import_module(f"{__name__}.{file.name}")

@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 
-from memtx_minimal.exercises.core import compare, exercise, fail, kind
+from memtx_minimal.exercises.core import compare, exercise, fail, kind, taught
+from memtx_minimal.fast_feedback import normalise
 
 
 def random(*shape, seed=0):
@@ -216,3 +217,8 @@ compare(
         ),
     },
 )
+
+
+# ---------------------------------------------------------------- for handouts
+
+taught("A.normalise", normalise, [(random(3, 4),), (random(3, 4), random(4), random(4))])

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from memtx_minimal.exercises.core import compare, exercise, fail, show
+from memtx_minimal.exercises.core import compare, exercise, fail, show, taught
+from memtx_minimal.fast_lsh import inverse, windows
 
 
 def random(*shape, seed=0):
@@ -156,3 +157,10 @@ compare(
         "that is for one chunk; there are T / w": lambda T, w, P: P * w * 2 * w,
     },
 )
+
+
+# ---------------------------------------------------------------- for handouts
+
+order = torch.tensor([3, 5, 0, 1, 4, 2])
+taught("B.inverse", inverse, [(order,), (torch.arange(3),)])
+taught("B.windows", windows, [(random(6, 2), order, 2)])

@@ -5,8 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from memtx_minimal.exercises.core import call, choices, compare, differ, exercise, fail, kind, show
-from memtx_minimal.vanilla_transformer import sinusoid
+from memtx_minimal.exercises.core import (
+    call, choices, compare, differ, exercise, fail, kind, show, taught,
+)  # fmt: skip
+from memtx_minimal.vanilla_transformer import CausalAttention, sinusoid
 
 
 def random(*shape, seed=0):
@@ -197,3 +199,10 @@ def check_turn(my_turn):
         elif d_model > 2:
             words += "\nhint: sines stand in the first half of U, cosines in the second"
         fail(words)
+
+
+# ---------------------------------------------------------------- for handouts
+
+x = random(2, 5, 8)
+taught("0.CausalAttention.forward", CausalAttention, [(x,)], args=(8, 2, 0.0))
+taught("0.sinusoid", sinusoid, [(torch.arange(3), 2), (torch.tensor([0, 7, 40]), 8)])

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from memtx_minimal.exercises.core import (
-    NotAnswered, by_cases, call, compare, differ, exercise, fail, kind,
+    NotAnswered, by_cases, call, compare, differ, exercise, fail, kind, taught,
 )  # fmt: skip
-from memtx_minimal.transformer_xl import attention_mask, distances
+from memtx_minimal.transformer_xl import (
+    RelativeAttention, attention_mask, distances, rel_shift, sinusoid,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- 1.1: who sees what
 
@@ -232,3 +234,30 @@ def check_through(model):
         cut = len(only) and not mine[only].any()
         why = "the first segment gets none: is `detach` gone?" if cut else "they differ"
         fail(f"two segments should give the gradient of one long window: {why}")
+
+
+# ---------------------------------------------------------------- for handouts
+
+def visible(scores):
+    """What rel_shift gives, its garbage as nan."""
+    moved, T = rel_shift(scores), scores.size(-2)
+    return moved.masked_fill(distances(T, moved.size(-1) - T) < 0, float("nan"))
+
+
+columns = torch.arange(5.0, -1, -1).expand(1, 3, 6).contiguous()
+taught("1.distances", distances, [(3, 2), (1, 0)])
+taught(
+    "1.attention_mask",
+    attention_mask,
+    [(distances(3, 2), None), (distances(3, 2), 2)],
+)
+taught("1.rel_shift", visible, [(columns,), (torch.arange(84.0).view(2, 3, 2, 7),)])
+generator = torch.Generator().manual_seed(0)
+context = torch.randn(2, 7, 8, generator=generator)
+R = sinusoid(torch.arange(7, -1, -1), 8)
+taught(
+    "1.RelativeAttention.forward",
+    RelativeAttention,
+    [(context, R, attention_mask(distances(4, 3)))],
+    args=(8, 2, 0.0),
+)

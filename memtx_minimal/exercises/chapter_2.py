@@ -5,8 +5,10 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-from memtx_minimal.compressive_transformer import LOSSES, CompressiveTransformer
-from memtx_minimal.exercises.core import call, compare, differ, exercise, fail, value
+from memtx_minimal.compressive_transformer import (
+    LOSSES, CompressiveTransformer, MaxPooling, auto_encoding,
+)  # fmt: skip
+from memtx_minimal.exercises.core import call, compare, differ, exercise, fail, taught, value
 from memtx_minimal.transformer_xl import RelativeAttention, distances
 from memtx_minimal.vanilla_transformer import sinusoid
 
@@ -272,3 +274,16 @@ value(
         "the segment counts, too": 2 * (4 + 2 * 2 + 2 * 2 * 2),
     },
 )
+
+
+# ---------------------------------------------------------------- for handouts
+
+old, g = random(2, 6, 4), random(4, 12, seed=2)
+
+
+def decode(new):
+    return new @ g
+
+
+taught("2.MaxPooling.forward", MaxPooling, [(old,)], args=(4, 3))
+taught("2.auto_encoding", auto_encoding, [(decode, old, random(2, 2, 4, seed=1))])

@@ -3,8 +3,8 @@
 import torch
 
 from memtx_minimal import tasks
-from memtx_minimal.exercises.core import call, compare, exercise, fail, kind
-from memtx_minimal.feedback_transformer import step
+from memtx_minimal.exercises.core import call, compare, exercise, fail, kind, taught
+from memtx_minimal.feedback_transformer import FeedbackTransformer, Memory, step
 
 
 def random(*shape, seed=0):
@@ -199,3 +199,14 @@ def check_blocks(blocks, model):
             if wrong:
                 why = "each token sees its own text's memory of before its block"
                 fail(f"{where} are wrong at {wrong}: {why}")
+
+
+# ---------------------------------------------------------------- for handouts
+
+states = [random(2, 4, seed=n) for n in range(3)]
+taught("3.Memory.vector", Memory, [(states,)], args=(4, 2, 2, 5, True))
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(0)
+    model = FeedbackTransformer(5, 4, 2, 2, 8, mem_len=5).requires_grad_(False)
+kv = model.memory.keys_values(random(2, 3, 4, seed=3))
+taught("3.step", step, [(model, random(2, 4, seed=4), kv)])

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from memtx_minimal.exercises.core import compare, exercise, fail, kind
-from memtx_minimal.reformer import in_set
+from memtx_minimal.exercises.core import compare, exercise, fail, kind, taught
+from memtx_minimal.reformer import in_set, look_back
 
 
 def random(*shape, seed=0):
@@ -202,3 +202,12 @@ def check_broken(relative):
         expected = "other numbers are dropped: an error of some percent"
         fail(f"{relative:.0e}; where nothing is put back, {expected}")
     return f"{relative:.0%} off"
+
+
+# ---------------------------------------------------------------- for handouts
+
+h, chunk = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 1, 2])
+both = (h[:, None], chunk[:, None], h, chunk)
+seen = lambda *case: in_set(*case).int()
+taught("4.in_set", seen, [both, (*both, False)])
+taught("4.look_back", look_back, [(torch.arange(1.0, 7).view(1, 1, 3, 2),)])

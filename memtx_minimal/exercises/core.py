@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 EXERCISES = {}  # {number, such as "1.3": what judges an answer}
+TAUGHT = {}  # the same for what handouts leave blank: "1.rel_shift", "0.Layer.forward"
 
 
 class NotRight(AssertionError):
@@ -121,6 +122,28 @@ def choices(number, right, why):
     EXERCISES[number] = judge
 
 
+def taught(number, right, cases, *, args=(), atol=1e-4):
+    """Register a function of a chapter that handouts leave blank, such as 1.rel_shift,
+    or a method, such as 0.Layer.forward: then right is the class, made with args.
+
+    cases: tuples of arguments of the function or of the method."""
+
+    def judge(mine):
+        name, *method = number.split(".")[1:]
+        if not method:
+            return by_cases(mine, right, cases, atol=atol)
+        theirs, mine = right(*args), call(mine, args)
+        with torch.no_grad():
+            for n, parameter in enumerate(theirs.parameters()):
+                generator = torch.Generator().manual_seed(n)
+                parameter.normal_(std=0.5, generator=generator)
+        mine.load_state_dict(theirs.state_dict())
+        pair = (getattr(module.eval(), method[0]) for module in (mine, theirs))
+        return by_cases(*pair, cases, atol=atol)
+
+    TAUGHT[number] = judge
+
+
 def check(number, *answer):
     """Judge the answer to an exercise: print that it is right, or not answered yet, or
     raise NotRight with the case, what was expected and what came."""
@@ -136,16 +159,18 @@ def require(number, *answer):
         print(f"{number}: {judged(number, answer)}")
     except NotAnswered:
         words = f"{number}: your code is still missing. Write it in the cell above"
-        raise NotRight(f"{words}, run that cell, then this one.") from None
+        raise NotRight(f"{words}, run that cell, then go on from here.") from None
 
 
 def judged(number, answer):
-    if number not in EXERCISES:
-        raise ValueError(f"no exercise {number!r}: choose from {', '.join(EXERCISES)}")
+    known = EXERCISES | TAUGHT
+    if number not in known:
+        raise ValueError(f"no exercise {number!r}: choose from {', '.join(known)}")
     if any(part is ... for part in answer):
         raise NotAnswered
     try:
-        remark = EXERCISES[number](*answer)
+        with torch.random.fork_rng(devices=[]):  # what comes after draws as before
+            remark = known[number](*answer)
     except NotRight as error:
         raise NotRight(f"{number}: not right yet\n{error}") from None
     return f"right{': ' + remark if remark else ''}"
