@@ -17,7 +17,9 @@ import sync
 from memtx_minimal.exercises import TAUGHT
 
 FOLDER = sync.ROOT / "book" / "_build" / "handouts"
-NOTE = """**Handout.** {what} In the exercises at the end, write where the dots stand."""
+NOTE = (
+    """**Handout.** {what} In the exercises at the end, write where the dots stand."""
+)
 BLANKS = (
     "In {n} cells a part is missing: write it where it says `your code here`. The check below each tells you whether it is right, "
     "and the rest of the notebook then runs with what you wrote."
@@ -49,7 +51,10 @@ def blanked(source, number, method=None):
     is_docstring = ast.get_docstring(node) is not None
     start = first.end_lineno if is_docstring else first.lineno - 1
     indent = " " * first.col_offset
-    body = [f"{indent}# your code here", f'{indent}raise NotImplementedError("{number}")']
+    body = [
+        f"{indent}# your code here",
+        f'{indent}raise NotImplementedError("{number}")',
+    ]
     return "\n".join(lines[:start] + body + lines[node.end_lineno :])
 
 
@@ -64,7 +69,9 @@ def handout(nb, name, empty):
         cell = nbformat.from_dict(cell)
         cells.append(cell)
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r" ?All \[solutions\]\([^)]*\)[^.]*\.", "", cell.source)
+            cell.source = re.sub(
+                r" ?All \[solutions\]\([^)]*\)[^.]*\.", "", cell.source
+            )
             continue
         cell.outputs, cell.execution_count = [], None
         names = re.findall(r"(?m)^(?:class|def) (\w+)", cell.source)

@@ -77,11 +77,15 @@ def main():
     args = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    args.add_argument("name", nargs="?", default="", help="01, or a: this chapter alone")
+    args.add_argument(
+        "name", nargs="?", default="", help="01, or a: this chapter alone"
+    )
     options, names = args.parse_args(), sync.notebooks()
     names = [name for name in names if name.startswith(options.name)]
     if not names:
-        args.error(f"no notebook {options.name}: choose from {', '.join(sync.notebooks())}")
+        args.error(
+            f"no notebook {options.name}: choose from {', '.join(sync.notebooks())}"
+        )
     FOLDER.mkdir(parents=True, exist_ok=True)
     for old in FOLDER.glob("*.*"):
         old.unlink()

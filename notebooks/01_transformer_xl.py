@@ -1816,7 +1816,7 @@ figures.table(
 
 # %% tags=["exercise"]
 def my_seen(T, M, limit):
-    """The number of keys that each query sees, a list of T numbers; limit may be None."""
+    """How many keys each query sees, a list of T numbers; limit may be None."""
     return ...
 
 

@@ -1802,7 +1802,7 @@ exercises.check("2.4", Newest)
 
 # %% tags=["exercise"]
 def my_push(compressed, memory, x, M, C):
-    """compressed (B, ., d), memory (B, ., d), segment x (B, T, d) -> compressed, memory."""
+    """Both memories (B, n, d), segment x (B, T, d) -> both memories."""
     memory = torch.cat([memory, x], dim=1)  # (B, M + T, d)
     n_old = max(0, memory.size(1) - M)
     old, memory = memory[:, :n_old], memory[:, n_old:]

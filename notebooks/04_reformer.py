@@ -1703,7 +1703,7 @@ exercises.check("4.2", my_losses_with_N, my_losses_without_N)
 
 # %% tags=["exercise"]
 def my_join(o, z):
-    """Results o (P, T, d_head) of P rounds and their logsumexps z (P, T) -> (T, d_head)."""
+    """Results o (P, T, d_head) of P rounds, logsumexps z (P, T) -> (T, d_head)."""
     return o.mean(dim=0)
 
 
@@ -1738,7 +1738,7 @@ exercises.check("4.4", my_places)
 
 # %% tags=["exercise"]
 def my_sets(buckets, w):
-    """A list of T buckets, chunks of w -> a list of T sorted lists: whom each may see."""
+    """T buckets in a list, chunks of w -> T sorted lists: whom each may see."""
     return ...
 
 

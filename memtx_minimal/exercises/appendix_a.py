@@ -221,4 +221,6 @@ compare(
 
 # ---------------------------------------------------------------- for handouts
 
-taught("A.normalise", normalise, [(random(3, 4),), (random(3, 4), random(4), random(4))])
+taught(
+    "A.normalise", normalise, [(random(3, 4),), (random(3, 4), random(4), random(4))]
+)

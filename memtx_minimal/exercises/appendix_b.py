@@ -29,7 +29,9 @@ compare(
         "a score in base 2 is log2(e) times one in base e": lambda s: in_base_2(s, 1),
         "multiply by log2(e), do not divide": lambda s: in_base_2(s, math.log(2)),
         "subtract the largest score first, or 2 to it is infinite": (
-            lambda s: (math.log2(math.e) * s).exp2() / (math.log2(math.e) * s).exp2().sum()
+            lambda s: (
+                (math.log2(math.e) * s).exp2() / (math.log2(math.e) * s).exp2().sum()
+            )
         ),
         "divide by the sum": lambda s: (math.log2(math.e) * s).exp2(),
     },
@@ -40,7 +42,7 @@ compare(
 
 @exercise("B.2")
 def check_pair(pairs):
-    """A query's and a key's (bucket, chunk) that bucket + chunk would take for one set."""
+    """A query's and a key's (bucket, chunk) that their sums would take for one set."""
     try:
         (bucket_i, chunk_i), (bucket_j, chunk_j) = pairs
     except (TypeError, ValueError):
@@ -78,7 +80,9 @@ compare(
     ],
     given=given,
     mistakes={
-        "they are still sorted: rows[n] belongs at the place order[n]": lambda rows, order: rows,
+        "they are still sorted: rows[n] belongs at order[n]": lambda rows, order: (
+            rows
+        ),
         "order is no mirror: look up where each row belongs": (
             lambda rows, order: rows.flip(0)
         ),
@@ -124,7 +128,11 @@ def rounds(n, seed):
     scores, values = 3 * random(n, 5, 4, seed=seed), random(n, 4, 2, seed=seed + 1)
     tops = list(scores.amax(dim=-1, keepdim=True))
     p = [(s - top).exp2() for s, top in zip(scores, tops)]
-    return tops, [x.sum(dim=-1, keepdim=True) for x in p], list(map(torch.mm, p, values))
+    return (
+        tops,
+        [x.sum(dim=-1, keepdim=True) for x in p],
+        list(map(torch.mm, p, values)),
+    )
 
 
 compare(

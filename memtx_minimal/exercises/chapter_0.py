@@ -23,7 +23,7 @@ def attention(q, k, v):
 
 
 def one_by_one(q, k, v, last=1, scale=None):
-    """For each query, the keys up to `last` places after the first of those it may see."""
+    """Query by query, over the keys 0 ... t + last - 1."""
     scale, rows = q.size(1) ** 0.5 if scale is None else scale, []
     for t in range(len(q)):
         scores = k[: t + last] @ q[t] / scale
@@ -34,7 +34,9 @@ def one_by_one(q, k, v, last=1, scale=None):
 compare(
     "0.1",
     right=attention,
-    cases=[tuple(random(3, T, d).round(decimals=1)) for T, d in [(1, 2), (2, 4), (7, 3)]],
+    cases=[
+        tuple(random(3, T, d).round(decimals=1)) for T, d in [(1, 2), (2, 4), (7, 3)]
+    ],
     without=["scaled_dot_product_attention", "CausalAttention"],
     mistakes={
         "divide the scores by the root of d": lambda *qkv: one_by_one(*qkv, scale=1),
@@ -100,7 +102,9 @@ compare(
             lambda s: without_future(s, -math.inf).softmax(dim=0)
         ),
         "the future lies above the diagonal": (
-            lambda s: s.masked_fill(torch.ones_like(s).tril(-1) > 0, -math.inf).softmax(-1)
+            lambda s: s.masked_fill(torch.ones_like(s).tril(-1) > 0, -math.inf).softmax(
+                -1
+            )
         ),
     },
 )
@@ -132,8 +136,12 @@ def check_slide(my_slide, model):
         off = (right - again).abs().max()
         return f"{off:.2f} from the logits of the last 64, read anew"
     if not differ(again, mine, 1e-3):
-        fail("these are the last 64 characters read anew: go on from the cache of the first 64")
-    fail(f"{difference}\n64 tokens in, the oldest of each layer out, then the last token")
+        fail(
+            "these are the last 64 characters read anew: go on from the cache"
+        )
+    fail(
+        f"{difference}\n64 tokens in, the oldest of each layer out, then the last token"
+    )
 
 
 # ---------------------------------------------------------------- 0.5: windows
@@ -157,10 +165,16 @@ def check_sliding(my_sliding, model, stream):
         right, mine = loss(n), call(my_sliding, (model, stream, n), copied=False)
         if differ(right, mine, 1e-3):
             words = f"n = {n}: {differ(right, mine, 1e-3)}"
-            hints = {"character 64 is the first that has 64 before it": loss(n, first=65)}
+            hints = {
+                "character 64 is the first that has 64 before it": loss(n, first=65)
+            }
             hints["each from the 64 before it, not from 63"] = loss(n, width=63)
             hints["the mean, not the sum"] = n * right
-            told = [f"\nhint: {h}" for h, wrong in hints.items() if not differ(wrong, mine, 1e-3)]
+            told = [
+                f"\nhint: {h}"
+                for h, wrong in hints.items()
+                if not differ(wrong, mine, 1e-3)
+            ]
             fail("".join([words, *told[:1]]))
 
 
@@ -192,7 +206,9 @@ def check_turn(my_turn):
         if not differ(later, now @ turn, 1e-3):
             continue
         off = (now @ turn - later).abs().amax(dim=0)  # (d_model,)
-        words = f"{case}: dimensions {(off > 1e-3).nonzero().flatten().tolist()} are wrong"
+        words = (
+            f"{case}: dimensions {(off > 1e-3).nonzero().flatten().tolist()} are wrong"
+        )
         words += f"\nmatrix: {show(turn)}" if d_model == 2 else ""
         if not differ(now, later @ turn, 1e-3):
             words += "\nhint: it turns back: the signs of the sines, or the transpose"

@@ -238,6 +238,7 @@ def check_through(model):
 
 # ---------------------------------------------------------------- for handouts
 
+
 def visible(scores):
     """What rel_shift gives, its garbage as nan."""
     moved, T = rel_shift(scores), scores.size(-2)

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from memtx_minimal.compressive_transformer import (
     LOSSES, CompressiveTransformer, MaxPooling, auto_encoding,
 )  # fmt: skip
-from memtx_minimal.exercises.core import call, compare, differ, exercise, fail, taught, value
+from memtx_minimal.exercises.core import (
+    call,
+    compare,
+    differ,
+    exercise,
+    fail,
+    taught,
+    value,
+)
 from memtx_minimal.transformer_xl import RelativeAttention, distances
 from memtx_minimal.vanilla_transformer import sinusoid
 
@@ -37,9 +45,11 @@ compare(
             lambda slot, n, M, C, c: stands_in(slot, n + 1, M, C, c)
         ),
         "slot 0 is the oldest": (
-            lambda slot, n, M, C, c: stands_in(C + M - 1 - slot, n, M, C, c)
-            if slot >= C
-            else stands_in(C - 1 - slot, n, M, C, c)
+            lambda slot, n, M, C, c: (
+                stands_in(C + M - 1 - slot, n, M, C, c)
+                if slot >= C
+                else stands_in(C - 1 - slot, n, M, C, c)
+            )
         ),
         "a compressed slot stands for c tokens": (
             lambda slot, n, M, C, c: [n - M - C + slot]
@@ -72,7 +82,9 @@ def moved(compression, loss, n_pieces):
     return parts
 
 
-def moves(compression, loss, n_pieces, *, learn=("conv", "dilated"), bptt=1, decode=True):
+def moves(
+    compression, loss, n_pieces, *, learn=("conv", "dilated"), bptt=1, decode=True
+):
     """The same in words; the options make the usual mistakes."""
     parts = {"embedding, head", "layers"}
     if compression in learn and loss and not (loss == "bptt" and n_pieces <= bptt):
@@ -92,7 +104,9 @@ compare(
         "pooling and most-used have no parameters": (
             lambda *case: moves(*case, learn=everything)
         ),
-        "under auto-encoding the decoder g learns": lambda *case: moves(*case, decode=False),
+        "under auto-encoding the decoder g learns": lambda *case: moves(
+            *case, decode=False
+        ),
         "f_c learns from its loss, too": lambda *case: moves(*case, learn=()),
     },
 )
@@ -115,7 +129,8 @@ compare(
         ),
         "each query's row sums to 1": (
             lambda T, n: (
-                torch.ones(T, n + T).tril(n).sum(dim=0) / torch.ones(T, n + T).tril(n).sum()
+                torch.ones(T, n + T).tril(n).sum(dim=0)
+                / torch.ones(T, n + T).tril(n).sum()
             )
         ),
         "the mean over the queries, not their sum": lambda T, n: T * even(T, n),
@@ -145,7 +160,11 @@ def check_newest(Newest):
             "one state for each group of c": old,
             "those are the newest of all; each group keeps its newest": old[:, -6:],
         }
-        told = [f"\nhint: {h}" for h, wrong in hints.items() if not differ(wrong, mine, 1e-6)]
+        told = [
+            f"\nhint: {h}"
+            for h, wrong in hints.items()
+            if not differ(wrong, mine, 1e-6)
+        ]
         fail("".join([f"rate {rate}: {difference}", *told[:1]]))
 
 
@@ -192,7 +211,9 @@ compare(
         "when there are more than C, the oldest go": (
             lambda *case: push(*case, first=False, keep_old=True)
         ),
-        "no more than C compressed states": lambda *case: push(*case, first=False, cut=False),
+        "no more than C compressed states": lambda *case: push(
+            *case, first=False, cut=False
+        ),
     },
 )
 
@@ -240,7 +261,10 @@ def check_scores(my_scores):
     attention = RelativeAttention(16, 2, dropout=0.0)
     for n, parameter in enumerate(attention.parameters()):
         parameter.copy_(random(*parameter.shape, seed=n) / 4)
-    q, ages = random(2, 2, 3, 8), 10 * random(3, 5, seed=1).abs()  # (B, H, T, d), (T, K)
+    q, ages = (
+        random(2, 2, 3, 8),
+        10 * random(3, 5, seed=1).abs(),
+    )  # (B, H, T, d), (T, K)
 
     def scores(bias, ages, scale=8**0.5):
         right = torch.empty(2, 2, 3, 5)
@@ -257,9 +281,15 @@ def check_scores(my_scores):
             "add v to the query": scores(0, ages),
             "v asks for distances, u for contents": scores(attention.u, ages),
             "divide by the root of d_head": scores(attention.v, ages, scale=1),
-            "each query has ages of its own": scores(attention.v, ages[:1].expand(3, 5)),
+            "each query has ages of its own": scores(
+                attention.v, ages[:1].expand(3, 5)
+            ),
         }
-        told = [f"\nhint: {h}" for h, wrong in hints.items() if not differ(wrong, mine, 1e-4)]
+        told = [
+            f"\nhint: {h}"
+            for h, wrong in hints.items()
+            if not differ(wrong, mine, 1e-4)
+        ]
         fail("".join([f"my_scores(attention, q, ages): {difference}", *told[:1]]))
 
 

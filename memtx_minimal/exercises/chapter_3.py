@@ -58,7 +58,10 @@ compare(
     "3.2",
     right=vector,
     cases=[
-        ([torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)], torch.tensor([2.0, 0, 0])),
+        (
+            [torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)],
+            torch.tensor([2.0, 0, 0]),
+        ),
         (list(random(4, 2, 3)), random(4, seed=1)),
     ],
     without=["vector", "Memory"],
@@ -114,7 +117,12 @@ compare(
 
 
 def numbers(kind, n_layers, M, d_model):
-    each = {"vanilla": 2 * n_layers, "per layer": 2 * n_layers, "shared": 2, "vectors": 1}
+    each = {
+        "vanilla": 2 * n_layers,
+        "per layer": 2 * n_layers,
+        "shared": 2,
+        "vectors": 1,
+    }
     return each[kind] * M * d_model
 
 
@@ -134,7 +142,9 @@ compare(
             lambda kind, L, M, d: 2 * L * M * d
         ),
         "a vector is kept once, without key and value": (
-            lambda kind, L, M, d: 2 * M * d * (1 if kind in ("shared", "vectors") else L)
+            lambda kind, L, M, d: (
+                2 * M * d * (1 if kind in ("shared", "vectors") else L)
+            )
         ),
         "each layer has keys and values of its own": lambda kind, L, M, d: 2 * M * d,
     },
@@ -189,7 +199,9 @@ def check_blocks(blocks, model):
     for S in (1, 4):
         right, mine = in_blocks(model, x, kv, S), call(blocks, (model, x, kv, S), False)
         if not isinstance(mine, tuple) or len(mine) != 3:
-            fail(f"return three things, as loop does: outputs, vectors, kv; not {kind(mine)}")
+            fail(
+                f"return three things: outputs, vectors, kv; not {kind(mine)}"
+            )
         for name, a, b in zip(("outputs", "vectors", "kv"), mine, right):
             where = f"S = {S}: {name}"
             if a.shape != b.shape:

@@ -54,7 +54,9 @@ def check_once(with_N, without_N):
     """Losses with 1, 2, 4 and 8 rounds."""
     for losses in (with_N, without_N):
         if not isinstance(losses, (list, tuple)) or len(losses) != 4:
-            fail(f"two lists of four losses: 1, 2, 4 and 8 rounds; this is {kind(losses)}")
+            fail(
+                f"two lists of four losses, please; this is {kind(losses)}"
+            )
     with_N, without_N = ([float(loss) for loss in x] for x in (with_N, without_N))
     if abs(with_N[0] - without_N[0]) > 1e-4:
         expected = "one round finds no key twice, so nothing changes"
@@ -113,7 +115,9 @@ compare(
         ),
         "places, not chunks": lambda buckets, w: places(buckets, w) // w,
         "a bucket that is a whole number of chunks needs no other": (
-            lambda buckets, w: sum(w * (buckets.count(b) // w + 1) for b in set(buckets))
+            lambda buckets, w: sum(
+                w * (buckets.count(b) // w + 1) for b in set(buckets)
+            )
         ),
     },
 )
@@ -148,7 +152,9 @@ compare(
     + [([0] * 6, 2)],
     without=["in_set", "attention_weights"],
     mistakes={
-        "a chunk looks at the one before it, too": lambda h, w: sets_by(h, w, near=(0,)),
+        "a chunk looks at the one before it, too": lambda h, w: sets_by(
+            h, w, near=(0,)
+        ),
         "only keys of the same bucket": lambda h, w: sets_by(h, w, alike=False),
         "no key of the future": lambda h, w: sets_by(h, w, before=False),
         "no farther than one chunk back": lambda h, w: sets_by(h, w, near=range(99)),
@@ -183,9 +189,7 @@ compare(
         "subtract what was added": (
             lambda y1, y2, F, G: (y1 + F(y2 + G(y1)), y2 + G(y1))
         ),
-        "G was applied to y1": (
-            lambda y1, y2, F, G: (y1 - F(y2), y2 - G(y1 - F(y2)))
-        ),
+        "G was applied to y1": (lambda y1, y2, F, G: (y1 - F(y2), y2 - G(y1 - F(y2)))),
         "x1 first, then x2": lambda *case: undo(*case)[::-1],
     },
 )

@@ -49,7 +49,11 @@ def compare(number, right, cases, **how):
     def judge(mine):
         by_cases(mine, right, cases, **how)
 
-    judge.right, judge.mistakes, judge.given = right, how.get("mistakes", {}), how.get("given")
+    judge.right, judge.mistakes, judge.given = (
+        right,
+        how.get("mistakes", {}),
+        how.get("given"),
+    )
     EXERCISES[number] = judge
 
 
@@ -90,7 +94,9 @@ def value(number, right, mistakes, atol=0.0):
 
     def judge(mine):
         if difference := differ(right, mine, atol):
-            hints = [h for h, wrong in mistakes.items() if not differ(wrong, mine, atol)]
+            hints = [
+                h for h, wrong in mistakes.items() if not differ(wrong, mine, atol)
+            ]
             if not hints and kind(mine) != kind(right):
                 hints = [difference]  # it should be a number
             fail("\n".join([show(mine), *(f"hint: {hint}" for hint in hints[:1])]))
@@ -117,7 +123,8 @@ def choices(number, right, why):
     wrong = {bool: lambda a: not a, int: lambda a: a + 1, str: lambda a: a + "?"}
     judge.right, judge.given = right, None
     judge.mistakes = {
-        why[key]: right | {key: wrong[type(answer)](answer)} for key, answer in right.items()
+        why[key]: right | {key: wrong[type(answer)](answer)}
+        for key, answer in right.items()
     }
     EXERCISES[number] = judge
 
@@ -255,7 +262,11 @@ def differ(expected, got, atol):
         if isinstance(got, bool) or not isinstance(got, (int, float)):
             return f"should be a number, and is {kind(got)}"
         exact = isinstance(expected, int) and not atol
-        same = got == expected if exact else math.isclose(got, expected, abs_tol=atol, rel_tol=1e-6)
+        same = (
+            got == expected
+            if exact
+            else math.isclose(got, expected, abs_tol=atol, rel_tol=1e-6)
+        )
         return "" if same else f"should be {show(expected)}, and is {show(got)}"
     same = type(got) is type(expected) and got == expected
     return "" if same else f"should be {show(expected)}, and is {show(got)}"
@@ -309,5 +320,7 @@ def show(value):
         inside = ", ".join(map(show, value))
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     if isinstance(value, (int, str, set, dict)):
-        return repr(value) if not isinstance(value, set) else str(sorted(value, key=str))
+        return (
+            repr(value) if not isinstance(value, set) else str(sorted(value, key=str))
+        )
     return name(value)
