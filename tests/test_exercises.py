@@ -382,7 +382,7 @@ def test_blocks(feedback):
         (mixed_up, "own text's memory"),
         (backwards_in_a_block, "S = 4: outputs are wrong"),
         (lambda *a: blocks(*a)[:2], "return three things"),
-        (lambda *a: blocks(*a)[0], "return three things, .* not a tensor"),
+        (lambda *a: blocks(*a)[0], "return three things.* not a tensor"),
         (lambda model, x, kv, S: blocks(model, x, kv, S / 2), "fails with TypeError"),
     ]:
         refused("3.6", wrong, feedback, why=why)
