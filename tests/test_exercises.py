@@ -167,6 +167,13 @@ def test_what_is_called_is_seen_through_helpers_and_other_names():
     del globals()["helper_of_a_student"]
 
 
+def test_a_check_leaves_the_random_numbers_as_they_were():
+    before = torch.manual_seed(1).get_state()
+    check("1.6", Bias)
+    check("2.2", lambda *case: ...)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_differences_are_named():
     a = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
     assert not differ(a, torch.tensor([[1.0, 2.0], [3.0, 9.0]]), 1e-6)
