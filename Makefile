@@ -11,9 +11,18 @@ book: $(READY)  ## run every notebook live, training included, and render the bo
 
 test: $(READY)  ## run the tests, every notebook, the strict book build and the page checks
 	@# The tests and the notebooks side by side, in two processes of one thread: faster than two threads for each.
-	printf '%s\n' tests notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest -p no:cacheprovider --nbval-lax --nbval-current-env
+	printf '%s\n' tests notebooks/*.ipynb notebooks/solutions/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest -p no:cacheprovider --nbval-lax --nbval-current-env
 	$(BIN)/python book/build.py --strict
 	$(BIN)/python tests/check_pages.py book/_build/html
+
+handouts: $(READY)  ## teachers: notebooks for students, with blanks, and filled in, in book/_build/handouts
+	$(BIN)/python book/handouts.py
+
+figures: $(READY)  ## teachers: every figure as SVG and PNG in book/_build/figures; runs the notebooks, or one: NAME=01
+	$(BIN)/python book/slides.py $(NAME)
+
+kit: $(READY)  ## teachers: one folder for a room without a network, in book/_build/kit
+	$(BIN)/python book/kit.py
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks/
@@ -51,5 +60,5 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.PHONY: help book test lab site sync refresh record bench lock clean
+.PHONY: help book test handouts figures kit lab site sync refresh record bench lock clean
 .DELETE_ON_ERROR:

@@ -26,7 +26,7 @@ def stage():
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
     shutil.copytree(ROOT / "notebooks", STAGE / "notebooks", ignore=shutil.ignore_patterns(".*", "*.py"))
-    return [STAGE / "notebooks" / f"{name}.ipynb" for name in sync.notebooks(STAGE)]
+    return [STAGE / "notebooks" / f"{name}.ipynb" for name in sync.notebooks(STAGE) + sync.solutions(STAGE)]
 
 
 def dress(nb):

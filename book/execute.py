@@ -120,10 +120,11 @@ def main():
     _, broken = sync.sync()
     if broken:
         sys.exit("\n".join(broken))
-    words = sys.argv[1:]  # all notebooks, or those of these: 03, a, 03_feed, reformer
+    # All notebooks, or those of these: 03, a, 03_feed, reformer, solutions, solutions/03
+    words = sys.argv[1:]
     names = [
         name
-        for name in sync.notebooks()
+        for name in sync.notebooks() + sync.solutions()
         if not words or any(name.startswith(w) or w in name.split("_") for w in words)
     ]
     for i, name in enumerate(names, 1):

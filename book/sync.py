@@ -50,6 +50,13 @@ def notebooks(root=ROOT):
     return sorted({p.stem for p in files if re.match(r"(\d\d|[ab])_", p.name)})
 
 
+def solutions(root=ROOT):
+    """The names of the notebooks with solutions, solutions/00_..., in the same order."""
+    files = (root / "notebooks" / "solutions").glob("*.*")
+    names = {p.stem for p in files if p.suffix in (".ipynb", ".py")}
+    return [f"solutions/{name}" for name in notebooks(root) if name in names]
+
+
 def split_name(name):
     """The number or letter of a notebook, and its chapter: 01_tiny -> 01, tiny."""
     return name.split("_", 1)
@@ -267,11 +274,17 @@ def agreed(ipynb, py):
             yield text
 
 
+def file_name(path):
+    """How an author names one file of a pair: 01_name.py, solutions/01_name.py."""
+    inner = path.parent.name == "solutions"
+    return f"solutions/{path.name}" if inner else path.name
+
+
 def edited(ipynb, py, now, take):
     """Which file of a pair was edited, if that is sure, or is taken by its name.
 
     now: what each of them says. take: names of files that an author has chosen."""
-    chosen = [path for path in (ipynb, py) if path.name in take]
+    chosen = [path for path in (ipynb, py) if file_name(path) in take]
     if not chosen:
         before = set(agreed(ipynb, py))
         chosen = [path for path in (ipynb, py) if now[path] not in before]
@@ -287,29 +300,29 @@ def read_pair(ipynb, py, take=()):
             return nb, [], []
         now = {ipynb: tidy(percent(nb)), py: tidy(text)}
         if now[ipynb] == now[py]:
-            return nb, [f"{py.name} is not as jupytext writes it"], []
+            return nb, [f"{file_name(py)} is not as jupytext writes it"], []
         where = first_difference(now[py], now[ipynb])
         source = edited(ipynb, py, now, take)
         if source == ipynb:
-            drift = f"{py.name} takes over the edit of {ipynb.name} ({where})"
+            drift = f"{file_name(py)} takes over the edit of {file_name(ipynb)} ({where})"
             return nb, [drift], []
         if source == py:
             new = jupytext.reads(text, fmt=PERCENT)
             new = combine_inputs_with_outputs(new, nb, fmt=PERCENT)
-            drift = f"{ipynb.name} takes over the edit of {py.name} ({where})"
+            drift = f"{file_name(ipynb)} takes over the edit of {file_name(py)} ({where})"
             return new, [drift], []
         unsettled = (
-            f"{py.name} and {ipynb.name} differ ({where}), and either may hold an edit "
+            f"{file_name(py)} and {file_name(ipynb)} differ ({where}), and either may hold an edit "
             f"that the other lacks, so both were left alone. Merge them, or keep one: "
-            f"make sync TAKE={py.name} or make sync TAKE={ipynb.name}"
+            f"make sync TAKE={file_name(py)} or make sync TAKE={file_name(ipynb)}"
         )
         return nb, [], [unsettled]
     if nb:
-        return nb, [f"{py.name} is missing; {ipynb.name} has what it needs"], []
+        return nb, [f"{file_name(py)} is missing; {file_name(ipynb)} has what it needs"], []
     nb = jupytext.reads(read(py), fmt=PERCENT)
     kernel = {"display_name": "Python 3 (ipykernel)", "language": "python"}
     nb.metadata.setdefault("kernelspec", {**kernel, "name": "python3"})
-    return nb, [f"{ipynb.name} is missing; {py.name} has what it needs"], []
+    return nb, [f"{file_name(ipynb)} is missing; {file_name(py)} has what it needs"], []
 
 
 def chapter_modules(root, name):
@@ -411,17 +424,16 @@ def sync(root=ROOT, check=False, take=()):
     Returns (drift, broken): what differed, what only an author can mend."""
     here, names = home(root), notebooks(root)
     drift, broken = [], []
-    for name in names:
+    for name in names + solutions(root):
         ipynb, py = (root / "notebooks" / f"{name}.{half}" for half in ("ipynb", "py"))
         nb, changes, faults = read_pair(ipynb, py, take)
         if faults:
             broken += faults
             continue
-        modules = chapter_modules(root, name)
-        for more, faults in [
-            sync_modules(nb, name, modules),
-            sync_generated(nb, name, here),
-        ]:
+        mirrored = [], []  # solutions teach no module
+        if name in names:
+            mirrored = sync_modules(nb, name, chapter_modules(root, name))
+        for more, faults in [mirrored, sync_generated(nb, name, here)]:
             changes, broken = changes + more, broken + faults
         if changes and not check:
             write(py, percent(nb))
@@ -462,7 +474,8 @@ def main():
         help="keep this file of a pair that differs, like 01_name.py; may be repeated",
     )
     options = args.parse_args()
-    files = [f"{name}.{half}" for name in notebooks(ROOT) for half in ("py", "ipynb")]
+    names = notebooks(ROOT) + solutions(ROOT)
+    files = [f"{name}.{half}" for name in names for half in ("py", "ipynb")]
     if unknown := [file for file in options.take if file not in files]:
         unknown, files = ", ".join(unknown), ", ".join(files)
         args.error(f"no notebook file {unknown}: choose from {files}")

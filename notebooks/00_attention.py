@@ -954,111 +954,134 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # %% [markdown]
 # ## 0.10 Exercises
 #
-# Each has a check that says `right`, or what it expected and what came. The solutions are below.
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/00_attention.ipynb), worked out in words and code.
 #
-# **1.** *(10 minutes)* Write `my_attention(q, k, v)`, `(T, d)` each, for one query at a time and without a
-# mask: query `t` gets only the keys that it may see. Check it with `exercises.check_attention(my_attention)`.
+# **0.1 Attention, one query at a time** *(fill in; easy; 10 minutes)* Query `t` gets only the keys that it may see, so no mask is
+# needed.
+
+# %% tags=["exercise"]
+def my_attention(q, k, v):
+    """q, k, v (T, d) -> (T, d)."""
+    return ...
+
+
+exercises.check("0.1", my_attention)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
 #
-# **2.** *(10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its cache in numbers
-# of 2 bytes. Write `my_cache(T, B, n_kv_heads)`, the bytes of the cache of `B` texts of `T` tokens, if
-# only `n_kv_heads` of the 32 heads have keys and values of their own, which the others share. How
-# many texts of 100,000 tokens fit into 80 GB with 32 of them, how many with 8? Check it with
-# `exercises.check_cache(my_cache)`.
+# For one query: `k[: t + 1] @ q[t]` are its scores. Then the root, the softmax, the mean of the values. `torch.stack` puts the rows together.
 #
-# **3.** *(20 minutes)* The vector of position $p + n$ is that of position $p$, turned: $U_{p+n} = U_p \, W_n$
-# with the same matrix $W_n$ for all $p$. Write `my_turn(n, d_model)`, the matrix $W_n$
-# `(d_model, d_model)`. (The sines and cosines of a sum; each speed has an angle of its own.) Check it with
-# `exercises.check_turn(my_turn)`.
+# </details>
 #
-# **4.** *(15 minutes)* Show that the cache cannot slide. Fill a cache with the 64 characters of a window,
-# drop the oldest key and value in each layer, and feed one more character. Write `my_slide(tokens)`,
-# tokens `(1, 65)`, that returns the logits so obtained, and compare them with those of the model on
-# the last 64 characters. Why do they differ, apart from the positions? Check it with
-# `exercises.check_slide(my_slide, model)`.
+# **0.2 The size of a cache** *(derive; easy; 10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its cache
+# in numbers of 2 bytes. How many bytes take `B` texts of `T` tokens, if only `n_kv_heads` of the 32 heads have keys and values of their
+# own, which the others share? And how many texts of 100,000 tokens fit into 80 GB with 32 of them, how many with 8?
+
+# %% tags=["exercise"]
+def my_cache(T, B, n_kv_heads):
+    return ...
+
+
+exercises.check("0.2", my_cache)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
 #
-# **5.** *(15 minutes)* Whose fault is the blind start? Write `my_sliding(model, stream, n)`, the mean
-# loss of the first `n` characters that have 64 before them, each predicted from those 64. Check it with
-# `exercises.check_sliding(my_sliding, model, corpus.valid)`. For `n = 6400`, compare with the loss of the same
+# A head of this model has 4,096 / 32 numbers. Count keys and values, layers, texts, tokens, heads, numbers, bytes.
+#
+# </details>
+#
+# **0.3 A mask in the wrong place** *(find the fault; middle; 10 minutes)* No weight lies on the future here, and yet the future is felt. How?
+
+# %% tags=["exercise"]
+def my_weights(scores):
+    """Scores (T, T) of queries and keys -> weights (T, T), the future hidden."""
+    weights = scores.softmax(dim=-1)
+    return weights.tril()
+
+
+exercises.check("0.3", my_weights)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Print the sum of each row. What happens to it when a future score grows?
+#
+# </details>
+#
+# **0.4 The cache cannot slide** *(experiment; middle; 15 minutes)* Fill a cache with the first 64 of 65 characters,
+# drop the oldest key and value in each layer, and feed the last character. Compare the logits with those of the model on
+# the last 64 characters. Why do they differ, apart from the positions?
+
+# %% tags=["exercise"]
+def my_slide(tokens):
+    """tokens (1, 65) -> the logits of the last one (1, vocab_size)."""
+    return ...
+
+
+exercises.check("0.4", my_slide, model)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `empty_cache` and `one_more` of section 0.7 do nearly everything. The cache is a list with a pair (k, v) for each layer, (B, H, tokens, d_head) each.
+#
+# </details>
+#
+# **0.5 Whose fault is the blind start?** *(experiment; middle; 15 minutes)* Predict each of `n` characters from the 64 before
+# it, and take the mean loss; the first of them is the first character of the stream that has 64 before it. For `n = 6400`, compare with the loss of the same
 # characters in windows side by side, `training.token_losses(model, corpus.valid[: n + 65], batch_size=1,
 # segment_len=64)[0, 63 : n + 63].mean()`. What is gained, and what does it cost?
 
-# %% [markdown]
-# <details><summary>Solution 1</summary>
-#
-# ```python
-# def my_attention(q, k, v):
-#     rows = []
-#     for t in range(len(q)):
-#         scores = k[: t + 1] @ q[t] / q.size(1) ** 0.5  # (t + 1,)
-#         rows.append(scores.softmax(dim=0) @ v[: t + 1])
-#     return torch.stack(rows)
-# ```
-#
-# </details>
-#
-# <details><summary>Solution 2</summary>
-#
-# ```python
-# def my_cache(T, B, n_kv_heads):
-#     return 2 * 32 * B * T * n_kv_heads * (4096 // 32) * 2
-# ```
-#
-# With 32 heads a text of 100,000 tokens takes 52 GB, so one fits; with 8 it takes 13 GB, and six fit. (The weights, about
-# $12 \cdot 32 \cdot 4096^2$ numbers, take 13 GB too.)
-#
-# </details>
+# %% tags=["exercise"]
+def my_sliding(model, stream, n):
+    """stream (N,) -> the mean loss of n characters, in nats."""
+    return ...
+
+
+exercises.check("0.5", my_sliding, model, corpus.valid)
 
 # %% [markdown]
-# <details><summary>Solution 3</summary>
+# <details><summary>Hint</summary>
 #
-# With $\sin(a + b) = \sin a \cos b + \cos a \sin b$ and $\cos(a + b) = \cos a \cos b - \sin a \sin b$:
-#
-# ```python
-# def my_turn(n, d_model):
-#     half = d_model // 2
-#     angle = n / 10_000 ** (torch.arange(half) / half)
-#     sin, cos = angle.sin().diag(), angle.cos().diag()
-#     return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
-# ```
-#
-# Rotary embeddings turn queries and keys by just such matrices.
+# `stream.unfold(0, 64, 1)` has all windows of 64, one step apart, as rows. Only the last logits of each are needed.
 #
 # </details>
 #
-# <details><summary>Solution 4</summary>
-#
-# ```python
-# def my_slide(tokens):
-#     cache = empty_cache(model)
-#     for token in tokens[:, :64].split(1, dim=1):
-#         one_more(model, token, cache)
-#     cache[:] = [(k[:, :, 1:], v[:, :, 1:]) for k, v in cache]
-#     return one_more(model, tokens[:, 64:], cache)
-#
-# anew = model(tokens[:, 1:])[0][:, -1]  # (1, vocab_size): compare with my_slide(tokens)
-# ```
-#
-# `one_more` takes the number of cached tokens, 63, for the new position, but the last cached key stands
-# at 63 already: two tokens claim one place. And from the second layer on, the kept keys were computed
-# from states that had *seen* the character that was dropped. The first fault needs other positions (chapter
-# 1). The second is none: it is how a memory of states reaches further than its length.
-#
-# </details>
+# **0.6 Does it notice?** *(predict; middle; 10 minutes)* The first two tokens of a text of five are exchanged. Do the
+# logits of the *last* token stay the same? Take models with a causal mask, random weights and no positions,
+# with one layer and with two; and one layer with positions. Write True or False.
+
+# %% tags=["exercise"]
+my_same = {"one layer": ..., "two layers": ..., "with positions": ...}
+
+exercises.check("0.6", my_same)
 
 # %% [markdown]
-# <details><summary>Solution 5</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# @torch.inference_mode()
-# def my_sliding(model, stream, n):
-#     windows = stream[: n + 63].unfold(0, 64, 1).to(device)  # (n, 64), one step apart
-#     logits = model(windows)[0][:, -1]  # (n, vocab_size)
-#     return F.cross_entropy(logits, stream[64 : n + 64].to(device)).item()
-# ```
+# What have the first and the second token seen, before and after the exchange? In which layer does the last token get to know it?
 #
-# Every character has a full past now. What is gained is the blind start of each window, .7 nats at one position in 64 and
-# less at the next two: one or two hundredths of a nat in the mean. But the model reads 64 characters to predict one, so
-# it is 64 times as slow.
+# </details>
+#
+# **0.7 Positions turn** *(derive; hard; 20 minutes)* The vector of position $p + n$ is that of position $p$, turned:
+# $U_{p+n} = U_p \, W_n$ with the same matrix $W_n$ for all $p$. Which one?
+
+# %% tags=["exercise"]
+def my_turn(n, d_model):
+    """The matrix W_n (d_model, d_model)."""
+    return ...
+
+
+exercises.check("0.7", my_turn)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The sine and the cosine of a sum; each speed has an angle of its own. $U$ has all sines first, then all cosines, so $W_n$ has four
+# blocks, each a diagonal.
 #
 # </details>
 

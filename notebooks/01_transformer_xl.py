@@ -1899,129 +1899,143 @@ figures.table(
 # %% [markdown]
 # ## 1.8 Exercises
 #
-# 1. *(10 minutes)* Write `my_shift(scores)`, which does what `rel_shift` does in the way of the
-# [authors' code](https://github.com/kimiyoung/transformer-xl/blob/master/pytorch/mem_transformer.py)
-# (`_rel_shift` there): with `K` columns, for the distances `K - 1` to 0, by padding a column of zeros at the
-# front. Call `exercises.check_shift(my_shift)`.
-# 2. *(10 minutes)* Evaluate `xl` with its memory cleared every four segments (`loss_with`, from the section
-# on where it looks, has the loop that you need). Predict the loss before you run it, from the losses with memory and without. Call
-# `exercises.check_cleared(loss, none, own)` with the numbers of that section.
-# 3. *(10 minutes)* How many tokens does the last prediction feel with `same_length=True`, memory `M` and `L` layers?
-# Write `my_reach(M, L)`. Look at `felt(4, 3, same_length=True).sum()` after you have predicted it, and call
-# `exercises.check_reach(my_reach)`.
-# 4. *(30 minutes)* Replace terms (b) and (d) by one learned number for each head and distance, as
-# T5 does: write `class BiasAttention(RelativeAttention)` with a parameter `bias` of shape `(H, 2 * T)`. The mask
-# has the shape `(T, K)`, from which `distances` gives the distances; farther keys share the last number. Call
-# `exercises.check_bias(BiasAttention)`. Then put it in place, `layer.attention = BiasAttention(...)` for each layer of a
-# new model, train it, and evaluate it with memories of 32, 64 and 256. What do you gain, what do you lose?
-# 5. *(40 minutes)* Let the gradient through: copy the class `TransformerXL` as `Through`, without `detach`, and
-# call `exercises.check_through(Through(**ECHO, n_layers=2, mem_len=16))`. Then train it on the echo in a loop of
-# your own, with one update for every *two* segments on the sum of their losses, and detach the memory after each
-# update. Does a model of two layers with `M = 16` now answer the first half? Compare with a
-# `TransformerXL` trained by the very same loop: anything else would compare the numbers of updates.
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/01_transformer_xl.ipynb), worked out in words and code.
+#
+# **1.1 Who sees what** *(predict; easy; 5 minutes)* You can read a mask without seeing it. `T` queries follow
+# a memory of `M` states. How many keys does each of them see, without a `limit` and with one?
+
+# %% tags=["exercise"]
+def my_seen(T, M, limit):
+    """How many keys each query sees, a list of T numbers; limit may be None."""
+    return ...
+
+
+exercises.check("1.1", my_seen)
 
 # %% [markdown]
-# <details><summary>Solution 1</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def my_shift(scores):
-#     T, K = scores.shape[-2:]
-#     padded = F.pad(scores, (1, 0))  # (..., T, K + 1)
-#     return padded.reshape(*scores.shape[:-2], K + 1, T)[..., 1:, :].reshape(scores.shape)
-# ```
-#
-# Dropping the first of `K + 1` rows of `T` is dropping the first `T` numbers.
+# Query number `i` of the segment, counted from 0, has `M + i` keys before it. A `limit` of 2 leaves two keys.
 #
 # </details>
-# <details><summary>Solution 2</summary>
 #
-# ```python
-# count = iter(range(10**6))
-# loss = loss_with(xl, lambda memory: memory if next(count) % 4 else None)
-# exercises.check_cleared(loss, none, own)
-# ```
-#
-# `(none + 3 * own) / 4`, almost exactly: the second segment after a clearing is already as good as any other. The
-# memory of training is one segment long, so one segment fills it.
-#
-# </details>
-# <details><summary>Solution 3</summary>
-#
-# ```python
-# def my_reach(M, L):
-#     return 1 + L * (M - 1)
-# ```
-#
-# Each layer goes `M - 1` tokens further back, wherever the segments begin.
-#
-# </details>
+# **1.2 The authors' shift** *(fill in; middle; 15 minutes)* The
+# [authors' code](https://github.com/kimiyoung/transformer-xl/blob/master/pytorch/mem_transformer.py) (`_rel_shift`
+# there) starts from `K` columns, for the distances `K - 1` to 0, and *pads*: it puts a column of zeros at the
+# front. Write it without `rel_shift`.
+
+# %% tags=["exercise"]
+def my_shift(scores):
+    """(..., T, K), distances K - 1 ... 0 as columns -> (..., T, K), keys as columns."""
+    return ...
+
+
+exercises.check("1.2", my_shift)
 
 # %% [markdown]
-# <details><summary>Solution 4</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# class BiasAttention(RelativeAttention):
-#     def __init__(self, d_model, n_heads, dropout):
-#         super().__init__(d_model, n_heads, dropout)
-#         self.bias = nn.Parameter(torch.zeros(n_heads, 2 * T))
-#
-#     def forward(self, context, R, mask):
-#         n_queries, K = mask.shape
-#         far = distances(n_queries, K - n_queries, context.device)
-#         far = far.clamp(0, self.bias.size(1) - 1)  # (T, K)
-#         q = self.heads(self.query(context[:, -n_queries:]))
-#         k, values = (self.heads(x) for x in self.key_value(context).chunk(2, dim=-1))
-#         scores = q.size(-1) ** -0.5 * (q + self.u) @ k.mT + self.bias[:, far] + mask
-#         heads = scores.softmax(dim=-1) @ values  # (B, H, T, d_head)
-#         return self.out(heads.transpose(1, 2).flatten(2))
-#
-#
-# def make(**sizes):
-#     model = TransformerXL(**sizes)
-#     for layer in model.layers:
-#         layer.attention = BiasAttention(sizes["d_model"], sizes["n_heads"], 0.0)
-#     return model
-#
-#
-# biased, _ = fit(make, SEED, mem_len=T)
-# print([round(with_memory(biased, n), 3) for n in (32, 64, 256)])
-# ```
-#
-# The loss is about a tenth of a nat higher at the memory of training, at 64 it is higher still, and at 256 it is
-# worse than a model without any memory. The last number of the table is shared by all distances from 63 on, and training has seen just one of them,
-# in one query of each segment. What you gain is simplicity: no second product, no $R$, no shift.
+# With the zeros the matrix is `(T, K + 1)`. Reshape it to `(K + 1, T)`, drop one of its rows, and reshape again.
 #
 # </details>
+#
+# **1.3 A memory with two faults** *(find the fault; middle; 10 minutes)* This is how a colleague updates the memory of a
+# layer. It trains, more and more slowly; and a model that is evaluated without memory suddenly has one. Mend both.
+
+# %% tags=["exercise"]
+def my_memory(past, x, mem_len):
+    """The latest mem_len states of past (B, M, d_model), then x (B, T, d_model)."""
+    context = torch.cat([past, x], dim=1)  # (B, M + T, d_model)
+    return context[:, -mem_len:]
+
+
+exercises.check("1.3", my_memory)
 
 # %% [markdown]
-# <details><summary>Solution 5</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def train_in_pairs(model, seed=SEED, updates=1000):
-#     optimizer = training.adamw(model, lr=3e-3, weight_decay=0.01)
-#     stream, memory = tasks.echo(32, segment_len=T, lag=T, seed=seed), None
-#     for update in range(updates):
-#         for group in optimizer.param_groups:
-#             group["lr"] = 3e-3 * training.warmup_cosine(update, updates, 50)
-#         loss = 0
-#         for _ in range(2):
-#             tokens, targets, _ = next(stream)
-#             logits, memory = model(tokens.to(device), memory)
-#             loss = loss + training.cross_entropy(logits, targets.to(device)) / 2
-#         optimizer.zero_grad()
-#         loss.backward()
-#         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-#         optimizer.step()
-#         memory = [states.detach() for states in memory]
-#     return model
-# ```
+# What is `context[:, -0:]`? And what else does a state keep alive, as long as it can be trained through?
 #
-# It does: after 1,000 updates most of the first half is right, with some seeds all of it, while `TransformerXL`, trained by
-# the same loop, goes on guessing. So it was the stopped gradient. It takes its time, though: after 300 updates
-# nothing is to be seen yet, because a state has to carry what nobody asks for yet, before anybody can learn to ask for it.
+# </details>
 #
-# Bytes do not tell the two apart: both keep two segments until the update, nearly twice as much as one segment. That is the price of
-# training in pairs, not of the gradient.
+# **1.4 Cleared every four segments** *(predict, then measure; middle; 10 minutes)* The memory of `xl` is cleared at the start
+# of every fourth segment. `own` and `none` are its losses with its own memory and without any. Predict the loss. Then
+# measure it with `loss_with`, and check what you measured.
+
+# %% tags=["exercise"]
+my_loss = ...  # a number: first your prediction, then what you measure
+
+exercises.check("1.4", my_loss, none, own)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# How many segments of four begin without memory? How good is the one that comes after it? To measure, count the
+# calls: `change` is called once a segment, and what it returns is read in place of the memory.
+#
+# </details>
+#
+# **1.5 The reach of `same_length`** *(derive; middle; 10 minutes)* Each query sees its `M` latest keys, itself
+# among them. How many tokens does the last prediction of a long text feel, with `L` layers? Look at
+# `felt(4, 3, same_length=True).sum()` when you have predicted it.
+
+# %% tags=["exercise"]
+def my_reach(M, L):
+    return ...
+
+
+exercises.check("1.5", my_reach)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Draw the path for `M = 4`: from the last token one layer down, the oldest key is `M - 1` places back.
+#
+# </details>
+#
+# **1.6 One number for a distance** *(build; hard; 30 minutes)* T5 replaces the terms (b) and (d) by one learned number for
+# each head and distance. Write it: `bias` has a number for each of `n` distances, and farther keys share
+# the last one. The mask has the shape `(T, K)`, from which `distances` gives the distances; `R` is not needed any more.
+# When it is right, put it in place (`layer.attention = BiasAttention(...)` for each layer of a new model), train it, and
+# evaluate it with memories of 32, 64 and 256. What do you gain, what do you lose?
+
+# %% tags=["exercise"]
+class BiasAttention(RelativeAttention):
+    def __init__(self, d_model, n_heads, dropout):
+        super().__init__(d_model, n_heads, dropout)
+        self.bias = ...  # a parameter (H, 2 * T)
+
+    def forward(self, context, R, mask):
+        return ...
+
+
+exercises.check("1.6", BiasAttention)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `distances(n_queries, K - n_queries)` clamped to `0 ... n - 1` is an index (T, K); `bias[:, index]` is (H, T, K). All
+# else is as in `RelativeAttention.forward`.
+#
+# </details>
+#
+# **1.7 Let the gradient through** *(experiment; hard; 40 minutes)* The model of two layers with `M = 16` cannot answer the first half of
+# the echo. Is it the stopped gradient? Copy the class `TransformerXL` as `Through`, without `detach`. When the
+# check is content, train it on the echo in a loop of your own, with one update for every *two* segments on the sum of
+# their losses, and detach the memory after each update. Compare with a `TransformerXL` trained by the very same loop:
+# anything else would compare the numbers of updates.
+
+# %% tags=["exercise"]
+my_model = ...  # Through(**ECHO, n_layers=2, mem_len=16)
+
+exercises.check("1.7", my_model)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `training.train` calls `backward` after each segment, and the second call would fail: its graph leads into the first segment, which is
+# gone. Add two losses, call `backward` once, and give it time: 1,000 updates.
 #
 # </details>
 

@@ -1773,143 +1773,165 @@ for k in (0, 1):  # training, evaluation
 # %% [markdown]
 # ## 2.12 Exercises
 #
-# 1. *(5 minutes)* Which tokens stand in a slot? Both memories are full, `n` tokens have been read, and the
-# segments are a multiple of `c`. Write `my_slot(slot, n, M, C, c)`, the list of token numbers in a slot; slot 0 is
-# the oldest compressed one, slot `C` the oldest of the memory, tokens count from 0. Check it with `exercises.check_slot(my_slot)`.
-# 2. *(5 minutes)* Which parts of the model does training move? Write `my_moved(compression, loss, n_pieces)`, a set of
-# words from `"embedding, head"`, `"layers"`, `"f_c"` and `"g"`, for calls of one or two pieces of
-# `mem_len` tokens. Mind `"mean"` with a loss. Check it with `exercises.check_moved(my_moved)`.
-# 3. *(10 minutes)* How to read a bucket figure: in section 2.5 the newest bucket of the segment gets less than the bucket
-# before, even where attention is even. Write `my_even(T, n_remembered)`, the share of attention that each
-# of `n_remembered + T` slots gets if every query attends evenly to all that it may see. Check it with
-# `exercises.check_even(my_even)`.
-# 4. *(10 minutes)* Write a compression `Newest` that keeps the newest of each `c` states. Check it with
-# `exercises.check_compression(Newest)`. To try it, say `COMPRESSIONS["newest"] = Newest` and build a model with
-# `compression="newest", loss=None`. Where would you expect it in the figure of section 2.4?
-# 5. *(20 minutes)* Let the loss through: remove the five `detach` in `by_content` and train. Does the validation loss suffer?
-# Does the reconstruction error fall? Why is that no success? Hint: the error is a quotient; print its
-# denominator, the mean square of what attention reads, too.
-# 6. *(30 minutes)* The distance of a compressed slot is its place, not its age. Give it the mean age of its tokens.
-# First write `my_ages(T, M, C, c)`, the age of each key for each query, (T, K), and check it with
-# `exercises.check_ages(my_ages)`. Then the scores: `rel_shift` needs columns that are one step apart, so
-# it can not be fed with these. Write `my_scores(attention, q, ages)`, the terms with a distance for any ages, and check them
-# with `exercises.check_scores(my_scores)`. Put them in place of `rel_shift(...)` in `RelativeAttention.forward`. (Editing
-# `columns` in `read_piece` would run, and give nearly all pairs a wrong distance.)
-# 7. *(30 minutes)* Compress twice: a third memory of `C2` slots behind the second, with rate `c` again. What is its
-# temporal range? Check yours by `exercises.check_twice(felt(model, T, n).sum(), T, L, M, C, C2, c)`.
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/02_compressive_transformer.ipynb), worked out in words and code.
+#
+# **2.1 Which tokens stand in a slot?** *(derive; easy; 10 minutes)* Both memories are full, `n` tokens have been read, and the
+# segments are a multiple of `c`. Slot 0 is the oldest compressed one, slot `C` the oldest of the memory. Tokens count from 0.
+
+# %% tags=["exercise"]
+def my_slot(slot, n, M, C, c):
+    """The numbers of the tokens in a slot, as a list."""
+    return ...
+
+
+exercises.check("2.1", my_slot)
 
 # %% [markdown]
-# <details><summary>Solution 1</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def my_slot(slot, n, M, C, c):
-#     if slot >= C:
-#         return [n - M + slot - C]
-#     first = n - M - c * (C - slot)
-#     return list(range(first, first + c))
-# ```
+# Begin at the end: which token stands in the last slot, `C + M - 1`? Which in slot `C`? The compressed ones lie before it, `c` in each.
 #
 # </details>
-# <details><summary>Solution 2</summary>
 #
-# ```python
-# def my_moved(compression, loss, n_pieces):
-#     moved = {"embedding, head", "layers"}
-#     if compression in ("conv", "dilated") and loss is not None:
-#         if loss != "bptt" or n_pieces > 1:
-#             moved.add("f_c")
-#     if loss == "auto-encoding":
-#         moved.add("g")
-#     return moved
-# ```
-#
-# With one piece a call, `"bptt"` moves nothing of $f_c$: its compressed states are first read in the next call, and
-# are detached by then. The mean has nothing to move; with `loss="attention"` the model still computes and
-# returns a loss, which you may watch, and which trains nothing. Under auto-encoding $g$ learns even then.
-#
-# </details>
+# **2.2 What does training move?** *(predict; easy; 10 minutes)* For a call of one or two pieces of `mem_len` tokens, and both memories full.
+# Mind `"mean"` with a loss.
+
+# %% tags=["exercise"]
+def my_moved(compression, loss, n_pieces):
+    """A set of words from "embedding, head", "layers", "f_c" and "g"."""
+    return ...
+
+
+exercises.check("2.2", my_moved)
 
 # %% [markdown]
-# <details><summary>Solution 3</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def my_even(T, n_remembered):
-#     seen = torch.ones(T, n_remembered + T).tril(n_remembered)  # (T, K)
-#     return (seen / seen.sum(dim=1, keepdim=True)).mean(dim=0)
-# ```
-#
-# The mask does it: a late key is hidden from all queries before it, and the newest is seen by one
-# query alone. A bucket of the segment says something only beside this line.
+# Which compressions have parameters? When are the states that `f_c` makes in this call first read?
 #
 # </details>
-# <details><summary>Solution 4</summary>
 #
-# ```python
-# class Newest(MaxPooling):
-#     def forward(self, old, used=None):
-#         return old[:, self.rate - 1 :: self.rate]
-# ```
-#
-# One in four values survives the compression, whole. So expect a quarter of the answers right beyond the memory, and
-# a guess for the rest, as far as the layer below has not mixed the others in.
-#
-# </details>
+# **2.3 How to read a bucket figure** *(derive; middle; 10 minutes)* In section 2.5 the newest bucket of the segment gets less than the bucket
+# before, even where attention is even. What share of attention gets each of `n_remembered + T` slots if every query
+# attends evenly to all that it may see?
+
+# %% tags=["exercise"]
+def my_even(T, n_remembered):
+    """The share of each slot, (n_remembered + T,)."""
+    return ...
+
+
+exercises.check("2.3", my_even)
 
 # %% [markdown]
-# <details><summary>Solution 5</summary>
+# <details><summary>Hint</summary>
 #
-# The error falls, and it looks like success. But both sides of the comparison can now be moved. Keys and values
-# learn to give attention less to read, and what there is less of is easily reconstructed: the denominator falls as
-# well. The loss was to fit $f_c$ to the model, and now the model is bent to fit $f_c$.
+# Write the attention of all queries as a matrix (T, K): a row for each query, which sums to 1. The shares are the means of its columns.
 #
 # </details>
-# <details><summary>Solution 6</summary>
 #
-# ```python
-# def my_ages(T, M, C, c):
-#     of_memory = distances(T, M)  # (T, M + T)
-#     newest = M + 1 + torch.arange(T)[:, None]  # (T, 1): the token before the memory
-#     groups = c * torch.arange(C - 1, -1, -1) + (c - 1) / 2  # (C,)
-#     return torch.cat([newest + groups, of_memory], dim=1)
-#
-#
-# def my_scores(attention, q, ages):
-#     R = sinusoid(ages.flatten(), q.size(1) * q.size(3))  # (T * K, d_model)
-#     r = attention.heads(attention.position(R)).unflatten(1, ages.shape)  # (H, T, K, d_head)
-#     scale = q.size(-1) ** -0.5
-#     return scale * torch.einsum("bhtd,htkd->bhtk", q + attention.v, r)
-# ```
-#
-# It costs `T` times as many encodings: the price of leaving the steps of one.
-#
-# </details>
+# **2.4 Keep the newest** *(build; middle; 10 minutes)* Write a compression that keeps the newest of each `c` states. When it is right, say
+# `COMPRESSIONS["newest"] = Newest` and build a model with `compression="newest", loss=None`. Where would you expect
+# it in the figure of section 2.4?
+
+# %% tags=["exercise"]
+class Newest(MaxPooling):
+    def forward(self, old, used=None):
+        """(B, O, d_model) -> (B, O / c, d_model), the oldest group first."""
+        return ...
+
+
+exercises.check("2.4", Newest)
 
 # %% [markdown]
-# <details><summary>Solution 7</summary>
+# <details><summary>Hint</summary>
 #
-# The range is $L\,(M + cC + c^2C_2)$. One way keeps the twice compressed states in front of the compressed
-# ones, in one tensor of `C2 + C` slots. Here `C2 = C` and segments are a multiple of `c * c`.
-#
-# ```python
-# class TwiceMemory(Memory):
-#     def forward(self, layer, h, compressed, recent, mem_len, compressed_len):
-#         C = compressed_len // 2
-#         twice = compressed[:, : max(0, compressed.size(1) - C)]
-#         grown, recent, loss = super().forward(layer, h, compressed, recent, mem_len, 10**9)
-#         once = grown[:, twice.size(1) :]
-#         n_old = max(0, once.size(1) - C)
-#         twice = torch.cat([twice, self.compress(once[:, :n_old])], dim=1)[:, -C:]
-#         return torch.cat([twice, once[:, n_old:]], dim=1), recent, loss
-#
-#
-# slots = dict(mem_len=4, compressed_len=4, compression_rate=2)  # C = C2 = 2
-# model = CompressiveTransformer(**sizes, **slots, compression="mean", loss=None)
-# for memory in model.memories:
-#     memory.__class__ = TwiceMemory
-# exercises.check_twice(felt(model, 4).sum(), 4, 2, 4, 2, 2, 2)
-# ```
+# `self.rate` is `c`. The newest of the first group has the number `c - 1`.
 #
 # </details>
+#
+# **2.5 A pipeline with a fault** *(find the fault; middle; 15 minutes)* A colleague writes both memories anew, with the mean of two
+# as compression. The sizes are right, and the first segments are, too. What goes wrong later?
+
+# %% tags=["exercise"]
+def my_push(compressed, memory, x, M, C):
+    """Both memories (B, n, d), segment x (B, T, d) -> both memories."""
+    memory = torch.cat([memory, x], dim=1)  # (B, M + T, d)
+    n_old = max(0, memory.size(1) - M)
+    old, memory = memory[:, :n_old], memory[:, n_old:]
+    new = old.unflatten(1, (-1, 2)).mean(dim=2)  # (B, n_old / 2, d)
+    compressed = torch.cat([new, compressed], dim=1)
+    return compressed[:, :C], memory
+
+
+exercises.check("2.5", my_push)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Where do the newest of the compressed states belong, next to the memory or far from it? Which are to go when there are more than `C`? And try `C = 0`.
+#
+# </details>
+#
+# **2.6 The age of a slot** *(derive; hard; 20 minutes)* The distance of a compressed slot is its place, not its age. Give it the
+# mean age of its `c` tokens; the age of the query itself is 0.
+
+# %% tags=["exercise"]
+def my_ages(T, M, C, c):
+    """The age of each of C + M + T keys for each of T queries, (T, K)."""
+    return ...
+
+
+exercises.check("2.6", my_ages)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Memory and segment are `distances(T, M)`. For the first query, the token before the memory has the age `M + 1`; the newest compressed slot stands for it
+# and the `c - 1` before it.
+#
+# </details>
+#
+# **2.7 Scores for ages** *(build; hard; 20 minutes)* `rel_shift` needs columns that are one step apart, so it cannot be fed with these
+# ages. Write the terms with a distance, (b) and (d) of chapter 1, for any ages. Then put them in place of `rel_shift(...)` in
+# `RelativeAttention.forward`. (Editing `columns` in `read_piece` would run, and give nearly all pairs a wrong distance.)
+
+# %% tags=["exercise"]
+def my_scores(attention, q, ages):
+    """A RelativeAttention, q (B, H, T, d_head), ages (T, K) -> (B, H, T, K)."""
+    return ...
+
+
+exercises.check("2.7", my_scores)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `sinusoid(ages.flatten(), d_model)` through `attention.position` and `attention.heads` gives a vector for each pair and head. Then `torch.einsum`; do not forget `v` and the root.
+#
+# </details>
+#
+# **2.8 Compress twice** *(predict, then build; hard; 30 minutes)* A third memory of `C2` slots stands behind the second, with the rate `c`
+# again. How many tokens does the last prediction feel, with `T = 4`, `L = 2`, `M = 4`, `C = C2 = 2` and `c = 2`? Predict it. Then build it, and count
+# with `felt`.
+
+# %% tags=["exercise"]
+my_felt = ...  # first your prediction, then felt(my_model).sum()
+
+exercises.check("2.8", my_felt)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# A slot of the third memory stands for `c * c` tokens. To build it, keep the twice compressed states in front of the compressed
+# ones, in one tensor of `C2 + C` slots, in a class derived from `Memory`.
+#
+# </details>
+#
+# **Without a check.** *(20 minutes)* Let the loss through: remove the five `detach` in `by_content` and train. Does the validation loss suffer?
+# Does the reconstruction error fall? Why is that no success? (The error is a quotient: print its
+# denominator, the mean square of what attention reads, too.)
 
 # %% [markdown]
 # ## References

@@ -1250,109 +1250,120 @@ for n, h in held.items():
 # %% [markdown]
 # ## 3.13 Exercises
 #
-# 1. *(10 minutes)* At most how many layers can information pass on its way from a token to the prediction
-# made `n` tokens later? Write `my_clock(n_layers, n, kind)` for `kind` "vanilla" (inside one
-# window) and "feedback", and call `exercises.check_clock(my_clock)`.
-# 2. *(10 minutes)* Train a new model with a memory of one vector (`mem_len=1`) and one layer on the lessons
-# of section 3.4. How well does it do, and what is left of attention? Call `exercises.check_tracker(model)`.
-# 3. *(15 minutes, of which 2 for the computer)* Does the model of section 3.9 that began with long games
-# merely need more training? Give a new one 1,000 steps of games of 32 swaps at the same rate, and compare
-# its right answers with those of the figure. `exercises.check_patience(exam(model))` has a word on it.
-# 4. *(20 minutes)* Give `layer_weights` a learning rate a hundred times as high as the rest, in a loop
-# of your own with `torch.optim.AdamW([...])`. Which layers help to follow the ball, with two layers?
-# Try three seeds before you answer.
-# 5. *(40 minutes)* There is a dial between "one token a step" and "all tokens side by side": a step that
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/03_feedback_transformer.ipynb), worked out in words and code.
+#
+# **3.1 The clock** *(derive; easy; 10 minutes)* At most how many layers can information pass on its way from a token to the
+# prediction made `n` tokens later? `kind` is "vanilla" (inside one window) or "feedback".
+
+# %% tags=["exercise"]
+def my_clock(n_layers, n, kind):
+    return ...
+
+
+exercises.check("3.1", my_clock)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `n = 0` is the prediction made at the token itself. Draw the columns of `n = 2` with two layers, once as in each picture of section 3.1 and
+# 3.2, and look for the longest way.
+#
+# </details>
+#
+# **3.2 The memory vector** *(fill in; easy; 10 minutes)* Write the mixture $m_t$ without `Memory`.
+
+# %% tags=["exercise"]
+def my_vector(states, layer_weights):
+    """L + 1 states (B, d_model), embedding first; (L + 1,) -> (B, d_model)."""
+    return ...
+
+
+exercises.check("3.2", my_vector)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# $m_t = \sum_l \operatorname{softmax}(w)_l \, x^l_t$, and $l = 0$ is the embedding.
+#
+# </details>
+#
+# **3.3 The wrong ages** *(find the fault; middle; 10 minutes)* A colleague adds the positions to the keys like this. The model
+# trains, and its losses look normal while the memory is full. What is wrong while it fills, and why does it hurt?
+
+# %% tags=["exercise"]
+def my_keys(keys, positions):
+    """Keys (M, d_head) of the latest M steps, positions (mem_len, d_head) of the ages
+    mem_len ... 2, 1 -> keys with their ages (M, d_head); M is at most mem_len."""
+    return keys + positions[: len(keys)]
+
+
+exercises.check("3.3", my_keys)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Which age has the newest of two keys if `mem_len` is 4? Which row of `positions` is that? And mind an empty memory.
+#
+# </details>
+#
+# **3.4 The price of a cache** *(predict; middle; 10 minutes)* How many numbers does a model hold of `M` tokens of the past? The
+# kinds: "vanilla", "per layer" and "shared" (Feedback with the keys and values of each layer, and with shared ones), and
+# "vectors", the memory of Feedback without keys and values. Write it down before you look at the table of section 3.10.
+
+# %% tags=["exercise"]
+def my_numbers(kind, n_layers, M, d_model):
+    return ...
+
+
+exercises.check("3.4", my_numbers)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# A key has `d_model` numbers over all heads, a value as many. Who needs them once for each layer?
+#
+# </details>
+#
+# **3.5 A memory of one vector** *(experiment; middle; 10 minutes)* Train a new model with one layer and `mem_len=1` on the
+# `LESSONS` of section 3.1. How well do you think it will do? What is left of attention?
+
+# %% tags=["exercise"]
+my_tracker = ...  # learn(FeedbackTransformer(**GAMES, ...).to(device), LESSONS)
+
+exercises.check("3.5", my_tracker)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# What is the softmax of one score?
+#
+# </details>
+#
+# **3.6 Blocks** *(build; hard; 40 minutes)* There is a dial between "one token a step" and "all tokens side by side": a step that
 # takes a block of `S` tokens. They all see the memory before the block, in which the newest vector has
-# the age 1 for each of them, and do not see each other.
-# Write `blocks(model, x, kv, S)`, which returns what `loop` returns, and call
-# `exercises.check_blocks(blocks, tiny)`.
-# Then give a new model `model.loop = partial(blocks, model, S=4)` and the lessons: how much faster are
-# they, and what becomes of the ball?
-# 6. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and
-# what would two passes give?
+# the age 1 for each of them, and do not see each other. Write it, without a loop over the tokens of a block. Then give a new
+# model `model.loop = partial(my_blocks, model, S=4)` (from `functools`) and the lessons: how much faster are they, and what becomes of the ball?
+
+# %% tags=["exercise"]
+def my_blocks(model, x, kv, S):
+    """x (B, T, d_model), kv as in loop -> what loop returns: outputs, vectors, kv."""
+    return ...
+
+
+exercises.check("3.6", my_blocks, tiny)
 
 # %% [markdown]
-# <details><summary>Solution 1</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def my_clock(n_layers, n, kind):
-#     return n_layers if kind == "vanilla" else n_layers * (n + 1)
-# ```
-#
-# In a parallel model each layer is passed once, however far apart the tokens are. With feedback, all
-# layers are passed again at each token.
+# For `step`, the tokens of a block are just more texts: `flatten` them into the batch, and repeat `kv` for each of them with
+# `repeat_interleave`.
 #
 # </details>
-# <details><summary>Solution 2</summary>
 #
-# ```python
-# torch.manual_seed(SEED)
-# model = learn(FeedbackTransformer(**GAMES, n_layers=1, mem_len=1).to(device), LESSONS)
-# exercises.check_tracker(model)
-# ```
-#
-# The softmax over one score is 1, whatever the score. Attention hands on the one vector through two
-# matrices, and the model is a recurrent network with a feed-forward inside. It follows the ball: the check
-# asks for nine answers in ten, over all 32 swaps, and prints your share.
-#
-# </details>
-
-# %% [markdown]
-# <details><summary>Solution 3</summary>
-#
-# ```python
-# torch.manual_seed(SEED)
-# model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
-# exercises.check_patience(exam(learn(model, [(32, 1000, 3e-3)])))
-# ```
-#
-# It gets much farther than with 160 steps: the check prints how far. Lessons save time; they are not the
-# reason why the model can do it.
-#
-# </details>
-# <details><summary>Solution 4</summary>
-#
-# ```python
-# mixture = [model.memory.layer_weights]
-# rest = [p for p in model.parameters() if p is not mixture[0]]
-# groups = [{"params": rest, "lr": 3e-3}, {"params": mixture, "lr": 0.3}]
-# optimizer = torch.optim.AdamW(groups)
-# ```
-#
-# It depends on the seed. The weights now leave the mixture that they start from, in different directions, and with
-# some seeds they run to the embedding alone, from where the ball cannot be followed and there is no
-# way back.
-#
-# </details>
-
-# %% [markdown]
-# <details><summary>Solution 5</summary>
-#
-# ```python
-# def blocks(model, x, kv, S):
-#     outputs, vectors = [], []
-#     for part in x.split(S, dim=1):  # (B, S, d_model)
-#         n = part.size(1)
-#         together = part.flatten(0, 1), kv.repeat_interleave(n, dim=0)  # B * S rows
-#         output, vector = (y.unflatten(0, (-1, n)) for y in step(model, *together))
-#         kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)[:, -model.mem_len :]
-#         outputs.append(output)
-#         vectors.append(vector)
-#     return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
-# ```
-#
-# A quarter of the steps, in much less time. But the ball is lost: two swaps of one block do not see
-# each other, and what they do together depends on their order. Block-recurrent models therefore add
-# ordinary causal attention inside the block.
-#
-# </details>
-# <details><summary>Solution 6</summary>
-#
-# $m_t$ is made of the outputs of all layers; the first layer would read it before there are any. A
-# second pass could read the $m_t$ of the first, and would make another one: twice the depth, at twice
-# the cost, as in looped transformers.
-#
-# </details>
+# **Without a check.** *(15 minutes, of which 2 for the computer)* Does the model of section 3.9 that began with long games
+# merely need more training? Give a new one 1,000 steps of games of 32 swaps at the same rate, and compare `exam(model)` with the figure.
+# *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and what would two passes give?
 
 # %% [markdown]
 # ## References

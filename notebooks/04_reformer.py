@@ -1658,70 +1658,128 @@ assert abs(causal_loss - chunked_loss) < 0.02
 # - **Reversible layers** come from [reversible residual networks](https://arxiv.org/abs/1707.04585) and are used where nothing else fits;
 #   [checkpointing](https://arxiv.org/abs/1604.06174) is more common, as it needs no second stream.
 # - **Axial positions** have given way to [rotary ones](https://arxiv.org/abs/2104.09864), which need no table.
-#
+
+# %% [markdown]
 # ## 4.13 Exercises
 #
-# 1. *(15 minutes)* Write `my_sets(buckets, w)`: for one head and one round, `buckets` being a list of T numbers, the list of sets $\mathcal
-#    P_i$, each a sorted list. Use the words of section 4.3, not its code. Check it with `exercises.check_sets(my_sets)`.
-# 2. *(10 minutes)* Evaluate `reformer` with 1, 2, 4 and 8 rounds, with `settings.count_once` True and False. What do you expect with 1
-#    round? Does leaving out $N$ hurt this model, as it hurts the clustered vectors? `exercises.check_once(with_N, without_N)` takes your two
-#    lists of four losses.
-# 3. *(15 minutes)* Replace `inputs.random_states` by a function that never puts anything back. How wrong do the gradients of the check in
-#    section 4.6 become, and why? And why is nothing wrong if, instead, `LSHAttention.forward` ignores the buckets that it is given?
-#    `exercises.check_broken(relative)` says whether yours are as wrong as they should be.
-# 4. *(10 minutes)* What would the strictly causal variant cost? Sort by bucket, and pad every bucket to whole chunks. How many places does
-#    that take for 1,024 tokens in 32 buckets of random sizes, with $w = 2T/b = 64$? `exercises.check_places(my_places)` checks
-#    `my_places(buckets, w)`, the number of places.
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/04_reformer.ipynb), worked out in words and code.
+#
+# **4.1 A hash** *(fill in; easy; 10 minutes)* Write $h(x)$ for one head and one round, without `hash_vectors`.
+
+# %% tags=["exercise"]
+def my_hash(x, D):
+    """Vectors x (T, d), directions D (d, b / 2) -> buckets (T,), 0 ... b - 1."""
+    return ...
+
+
+exercises.check("4.1", my_hash)
 
 # %% [markdown]
-# <details><summary>Solution 1</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def my_sets(buckets, w):
-#     order = sorted(range(len(buckets)), key=lambda i: (buckets[i], i))
-#     chunk = {i: place // w for place, i in enumerate(order)}
-#     near = lambda i, j: chunk[i] - chunk[j] in (0, 1) and buckets[i] == buckets[j]
-#     return [[j for j in range(i + 1) if near(i, j)] for i in range(len(buckets))]
-# ```
+# $h(x) = \arg\max\,([xD\,;\,-xD])$: how far goes each vector in each direction, and in the opposite ones?
 #
 # </details>
-# <details><summary>Solution 2</summary>
 #
-# ```python
-# with_N = [text_loss(reformer, n) for n in (1, 2, 4, 8)]
-# reformer.settings.count_once = False
-# without_N = [text_loss(reformer, n) for n in (1, 2, 4, 8)]
-# reformer.settings.count_once = True
-# ```
-#
-# With one round nothing can be found twice. With more, the trained model hardly minds; its keys probably do not lie in tight clusters.
-#
-# </details>
+# **4.2 Is $N$ needed?** *(predict, then measure; easy; 10 minutes)* Evaluate `reformer` (with `text_loss`) with 1, 2, 4 and 8 rounds, with
+# `reformer.settings.count_once` True and False. What do you expect with 1 round? Does leaving out $N$ hurt this model, as it hurts the clustered vectors?
+
+# %% tags=["exercise"]
+my_losses_with_N = ...  # four losses: 1, 2, 4 and 8 rounds
+my_losses_without_N = ...
+
+exercises.check("4.2", my_losses_with_N, my_losses_without_N)
 
 # %% [markdown]
-# <details><summary>Solution 3</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# put_back = inputs.random_states
-# inputs.random_states = lambda device, states=None: put_back(device)
-# mine, right = all_gradients(True), all_gradients(False)
-# inputs.random_states = put_back
-# exercises.check_broken(((mine - right).norm() / right.norm()).item())
-# ```
-#
-# Dropout drops other numbers the second time, so the function that is differentiated is not the one that was computed. Ignoring the buckets
-# does no harm here: the random state is put back, so the same rotations are drawn, and in double precision the rebuilt vectors are so near
-# to the first ones that none of them changes its bucket.
+# `[text_loss(reformer, n) for n in (1, 2, 4, 8)]`. Set `count_once` back to True afterwards.
 #
 # </details>
-# <details><summary>Solution 4</summary>
 #
-# ```python
-# def my_places(buckets, w):
-#     return sum(w * math.ceil(buckets.count(b) / w) for b in set(buckets))
-# ```
+# **4.3 Rounds that are all the same** *(find the fault; middle; 10 minutes)* A colleague joins the rounds like this. With one round all is well. With more, tokens that found a
+# good key in one round only get too little of it. Mend it.
+
+# %% tags=["exercise"]
+def my_join(o, z):
+    """Results o (P, T, d_head) of P rounds, logsumexps z (P, T) -> (T, d_head)."""
+    return o.mean(dim=0)
+
+
+exercises.check("4.3", my_join)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
 #
-# Buckets of about 32 tokens each take a whole chunk of 64: twice the places.
+# Equation 15: a round that found little gets little weight.
+#
+# </details>
+#
+# **4.4 What would strictly causal cost?** *(derive; middle; 10 minutes)* Sort by bucket, and pad every bucket to whole chunks of `w`. How many
+# places does that take? And how many for 1,024 tokens in 32 buckets of random sizes, with $w = 2T/b = 64$?
+
+# %% tags=["exercise"]
+def my_places(buckets, w):
+    """buckets: a list with the bucket of each token -> the number of places."""
+    return ...
+
+
+exercises.check("4.4", my_places)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `buckets.count(b)` tokens are in bucket `b`. How many chunks do they need?
+#
+# </details>
+#
+# **4.5 The sets** *(build; middle; 20 minutes)* For one head and one round, write the sets $\mathcal P_i$. Use the words of section 4.3, not its code.
+
+# %% tags=["exercise"]
+def my_sets(buckets, w):
+    """T buckets in a list, chunks of w -> T sorted lists: whom each may see."""
+    return ...
+
+
+exercises.check("4.5", my_sets)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `sorted(range(T), key=lambda i: (buckets[i], i))` is the order after sorting. The place of a token in it, divided by `w`, is its chunk.
+#
+# </details>
+#
+# **4.6 There and back** *(fill in; middle; 10 minutes)* A whole layer of the paper (equation 9): $y_1 = x_1 + F(x_2)$, then $y_2 = x_2 + G(y_1)$. Undo it.
+
+# %% tags=["exercise"]
+def my_undo(y1, y2, F, G):
+    """From y1, y2 back to x1, x2; F and G are functions."""
+    return ...
+
+
+exercises.check("4.6", my_undo)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Which of the two lines was computed last? Of that line you know all but $x_2$.
+#
+# </details>
+#
+# **4.7 Nothing put back** *(experiment; hard; 20 minutes)* Replace `inputs.random_states` by a function that never puts anything back. How wrong
+# do the gradients of the check in section 4.6 become, and why? And why is nothing wrong if, instead, `LSHAttention.forward` ignores the buckets that it is given?
+
+# %% tags=["exercise"]
+my_relative = ...  # the relative difference, a number
+
+exercises.check("4.7", my_relative)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Keep the old function, `put_back = inputs.random_states`, and assign a new one that calls it without `states`. Put the old one back at the end.
 #
 # </details>
 

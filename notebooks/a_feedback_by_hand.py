@@ -1042,92 +1042,121 @@ figures.table(
 # %% [markdown]
 # ## A.8 Exercises
 #
-# 1. *(10 minutes)* Two lines of `backwards` are missing here. Fill them in and run the check.
-# 2. *(20 minutes)* Give `forwards` dropout on the attention weights, with a mask `keep` (T, T) of 0 and
-# `1 / (1 - p)` that is handed in: step `t` uses `keep[t, :t]`. Which lines of `backwards` change? Write
-# `mine(g_m, x, keep, *weights)`, forwards and backwards, and call `exercises.check_dropout_backwards(mine)`.
-# 3. *(20 minutes)* Give `forwards` ages: `p` (T, d), the oldest first as in chapter 3, of which step `t` adds
-# `p[T - t :]` to its keys. Write `mine(g_m, x, p, *weights)`, with the error at `p` behind that at `x`, first
-# with a loop, then with `as_strided`. Call `exercises.check_ages_backwards(mine)`.
-# 4. *(15 minutes)* Set `BLOCK` to 1, 4, 16 and 64 in a cell, and run `seconds(models["fast"], 128)`. What do the
-# blocks add? Why is neither end the best?
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/a_feedback_by_hand.ipynb), worked out in words and code.
+#
+# **A.1 Back through a softmax** *(fill in; easy; 5 minutes)* Without looking at the table of section A.1, and without autograd.
 
-# %%
+# %% tags=["exercise"]
+def my_softmax_back(y, g):
+    """y = softmax(s) (n,), g the error at y (n,) -> the error at s (n,)."""
+    return ...
+
+
+exercises.check("A.1", my_softmax_back)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# $\partial y_i / \partial s_j = y_i (\delta_{ij} - y_j)$. Multiply by $g_i$ and sum over $i$.
+#
+# </details>
+#
+# **A.2 Two lines are missing** *(fill in; middle; 10 minutes)* Fill in the two lines of `backwards` with dots.
+
+# %% tags=["exercise"]
 def my_backwards(g_m, x, W_q, W_k, W_v, W_1, W_2, m, q, k, v, z, h, w):
-    """Exercise 1: write the two lines that are None."""
+    """Errors at m -> the errors at x and at the five weights."""
     g_m, g_h = g_m.clone(), torch.zeros_like(h)
     g_q, g_k, g_v, g_z = torch.zeros(4, *x.shape, dtype=x.dtype)
     for t in reversed(range(len(x))):
         g_m[t] += W_k.T @ g_k[t] + W_v.T @ g_v[t]
         g_h[t] = W_2.T @ g_m[t] * (h[t] > 0)
-        g_z[t] = None  # m = z + W_2 @ h, and h was made of z
+        g_z[t] = ...  # m = z + W_2 @ h, and h was made of z
         g_w = v[:t] @ g_z[t]
-        g_s = None  # the softmax
+        g_s = ...  # the softmax
         g_q[t] = k[:t].T @ g_s
         g_k[:t] += torch.outer(g_s, q[t])
         g_v[:t] += torch.outer(w[t], g_z[t])
     g_x = g_z + g_q @ W_q
     return g_x, g_q.T @ x, g_k.T @ m, g_v.T @ m, g_h.T @ z, g_m.T @ h
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-def check_backwards(mine):
-    """Exercise 1."""
-    x, g_m = torch.randn(2, 7, 4, dtype=torch.float64)
-    right = by_autograd(g_m, x, *weights)
-    names = ("x", "W_q", "W_k", "W_v", "W_1", "W_2")
-    for name, a, b in zip(names, mine(g_m, x, *weights, *forwards(x, *weights)), right):
-        same = torch.allclose(a, b)
-        assert same, f"the error at {name}: expected\n{b}\nbut got\n{a}"
-    print("right")
 
-
-check_backwards(backwards)  # when the lines are there: check_backwards(my_backwards)
+exercises.check("A.2", my_backwards)
 
 # %% [markdown]
-# <details><summary>Solution 1</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# g_z[t] = g_m[t] + W_1.T @ g_h[t]
-# g_s = w[t] * (g_w - w[t] @ g_w)
-# ```
+# In `forwards`, $z_t$ is used twice: in $h_t = \text{relu}(W_1 z_t)$ and in $m_t = z_t + W_2 h_t$. Its errors add up.
 #
 # </details>
 #
-# <details><summary>Solution 2</summary>
-#
-# ```python
-# # forwards
-# z[t] = x[t] + (keep[t, :t] * w[t]) @ v[:t]
-# # backwards
-# g_w = keep[t, :t] * (v[:t] @ g_z[t])
-# g_v[:t] += torch.outer(keep[t, :t] * w[t], g_z[t])
-# ```
-#
-# The softmax line stays: it needs the weights *before* dropout.
-#
-# </details>
+# **A.3 How much can wait?** *(predict; middle; 10 minutes)* Each of `T` steps adds an error to all slots before it. How many of these pairs
+# (step, slot) are far if the steps go in blocks of `S`, the last of which may be shorter? What share is that for 64 steps in blocks of 16?
+
+# %% tags=["exercise"]
+def my_far(T, S):
+    return ...
+
+
+exercises.check("A.3", my_far)
 
 # %% [markdown]
-# <details><summary>Solution 3</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# # forwards, with T = len(x)
-# w[t] = ((k[:t] + p[T - t :]) @ q[t]).softmax(dim=0)
-# # backwards
-# T = len(x)
-# left = x.new_zeros(T, 2 * T)  # before the loop
-# g_q[t] = (k[:t] + p[T - t :]).T @ g_s
-# g_p[T - t :] += torch.outer(g_s, q[t])  # by the loop
-# left[t, T : T + t] = g_s
-# g_p = left.as_strided((T, T), (2 * T + 1, 1)).T @ q  # or all at once, after it
-# ```
+# Count the whole triangle, and take away the small triangles of the blocks. Or count with two loops.
 #
 # </details>
 #
-# <details><summary>Solution 4</summary>
+# **A.4 How long should a block be?** *(experiment; middle; 15 minutes)* Set `BLOCK` to 1, 4, 16 and 64 in a cell, and take the sum of the first two numbers of
+# `seconds(models["fast"], 128)`. What do the blocks add? Why is neither end the best?
+
+# %% tags=["exercise"]
+my_seconds = ...  # {1: ..., 4: ..., 16: ..., 64: ...}
+
+exercises.check("A.4", my_seconds)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
 #
-# With small blocks there are many small products, each with its overhead. With large ones, the near part, which
-# is multiplied after each step with all the block's columns, grows in proportion to the block.
+# `Segment.backward` stands in this notebook and looks `BLOCK` up each time, so assigning another number is enough. Put 16 back at the end.
+#
+# </details>
+#
+# **A.5 With dropout** *(build; hard; 20 minutes)* Give `forwards` dropout on the attention weights, with a mask `keep` (T, T) of 0 and
+# `1 / (1 - p)` that is handed in: step `t` uses `keep[t, :t]`. Which lines of `backwards` change?
+
+# %% tags=["exercise"]
+def my_dropout(g_m, x, keep, W_q, W_k, W_v, W_1, W_2):
+    """Forwards and backwards -> the errors at x and at the five weights."""
+    return ...
+
+
+exercises.check("A.5", my_dropout)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The line is `z[t] = x[t] + (keep[t, :t] * w[t]) @ v[:t]`. Write it as two: a product with a constant, then a product with `v`. Each has a
+# row in the table of section A.1.
+#
+# </details>
+#
+# **A.6 With ages** *(build; hard; 25 minutes)* Give `forwards` ages: `p` (T, d), the oldest first as in chapter 3, of which step `t` adds
+# `p[T - t :]` to its keys. First add up the error at `p` in the loop. Then see whether you can do it after the loop, all at once, with `as_strided`.
+
+# %% tags=["exercise"]
+def my_ages(g_m, x, p, W_q, W_k, W_v, W_1, W_2):
+    """Forwards and backwards -> the errors at x, at p and at the five weights."""
+    return ...
+
+
+exercises.check("A.6", my_ages)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `w[t] = ((k[:t] + p[T - t :]) @ q[t]).softmax(dim=0)`: the error at a sum goes to both of its parts, and the query has met the sum.
 #
 # </details>
 

@@ -504,41 +504,112 @@ except ValueError as error:
 # %% [markdown]
 # ## B.7 Exercises
 #
-# 1. *(10 minutes)* Why must codes be *twice* the bucket plus the chunk? Find `wrong_pair()`: two pairs (bucket, chunk), query first, that a
-#    sorted row can hold and that `bucket + chunk` would take for one set although the buckets differ. Check it with
-#    `exercises.check_pair(wrong_pair())`.
-# 2. *(15 minutes)* Write `add_rounds(tops, totals, outs)`, lists with one tensor (BHT, 1), (BHT, 1), (BHT, d) a round, that gives $o$, without a
-#    loop over rounds. Check it with `exercises.check_rounds(add_rounds)`.
-# 3. *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does
-#    the size of its cache say? (No check: it depends on the machine.)
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/b_fast_lsh.ipynb), worked out in words and code.
+#
+# **B.1 A softmax in base 2** *(fill in; easy; 5 minutes)* With `exp2` alone: no `softmax`, no `exp`. Large scores must not overflow.
+
+# %% tags=["exercise"]
+def my_softmax(scores):
+    """scores (n,), in base e as always -> weights (n,)."""
+    return ...
+
+
+exercises.check("B.1", my_softmax)
 
 # %% [markdown]
-# <details><summary>Solution 1</summary>
+# <details><summary>Hint</summary>
 #
-# ```python
-# def wrong_pair():
-#     return (1, 0), (0, 0)
-# ```
-#
-# The query's bucket is one larger, its chunk the same, so `bucket + chunk` differs by 1, as for a key one chunk earlier.
+# $e^x = 2^{x \log_2 e}$, and a softmax stays the same if all scores get smaller by the same number.
 #
 # </details>
-# <details><summary>Solution 2</summary>
 #
-# ```python
-# def add_rounds(tops, totals, outs):
-#     tops, totals, outs = (torch.stack(x) for x in (tops, totals, outs))
-#     share = (tops - tops.amax(dim=0)).exp2()
-#     return (share * outs).sum(dim=0) / (share * totals).sum(dim=0)
-# ```
+# **B.2 Why twice?** *(puzzle; middle; 10 minutes)* Why must codes be *twice* the bucket plus the chunk? Find two pairs (bucket, chunk), query first, that a
+# sorted row can hold and that `bucket + chunk` would take for one set although the buckets differ.
+
+# %% tags=["exercise"]
+my_pairs = ...  # ((bucket, chunk), (bucket, chunk))
+
+exercises.check("B.2", my_pairs)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# One set means: the sums differ by 0 or 1. Try neighbouring buckets.
 #
 # </details>
-# <details><summary>Solution 3</summary>
 #
-# `masked_scores` looks `PAIRS` up each time, so assigning another number in a cell is enough. Small numbers mean many short operations; large ones,
-# scores that leave the cache and come back from memory.
+# **B.3 Back to the text** *(find the fault; middle; 10 minutes)* Rows come out of a round in sorted order: `order[n]` says which row of the text stands
+# in place `n`. A colleague puts them back like this. Tried on three rows of which two had been exchanged, it was right.
+
+# %% tags=["exercise"]
+def my_unsort(rows, order):
+    """Sorted rows (n, ...), order (n,) -> the rows in the order of the text."""
+    return rows[order]
+
+
+exercises.check("B.3", my_unsort)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# An exchange is its own inverse. What does `rows[order]` do to a row that goes round in three?
 #
 # </details>
+#
+# **B.4 The codes** *(fill in; middle; 10 minutes)* Give each token of one head its code, in plain Python.
+
+# %% tags=["exercise"]
+def my_codes(buckets, w):
+    """The buckets of T tokens as a list, chunks of w -> a list of T codes."""
+    return ...
+
+
+exercises.check("B.4", my_codes)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Sort by bucket, then by position. A token's place in the sorted row, divided by `w`, is its chunk.
+#
+# </details>
+#
+# **B.5 Add the rounds up** *(build; middle; 15 minutes)* From what `attend` returns for each round, make $o$, without a loop over rounds.
+
+# %% tags=["exercise"]
+def my_rounds(tops, totals, outs):
+    """Lists with a tensor a round, (BHT, 1), (BHT, 1) and (BHT, d) -> o (BHT, d)."""
+    return ...
+
+
+exercises.check("B.5", my_rounds)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Each round has subtracted its own largest score. Bring all of them to the largest of all rounds: with which factor?
+#
+# </details>
+#
+# **B.6 How many scores?** *(predict; middle; 5 minutes)* A head reads `T` tokens in chunks of `w`, in `P` rounds. How many scores are computed, the
+# masked ones among them? From which length on is that less than exact attention's $T^2$, for `w = 64` and 8 rounds?
+
+# %% tags=["exercise"]
+def my_count(T, w, P):
+    return ...
+
+
+exercises.check("B.6", my_count)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# There are `T / w` chunks. With how many keys does each of its queries get a score?
+#
+# </details>
+#
+# **Without a check.** *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does
+# the size of its cache say?
 
 # %% [markdown]
 # ## References

@@ -1,358 +1,216 @@
-"""The checks of the exercises pass what is right, and say what is wrong with the rest."""
+"""The checks of the exercises pass what is right, and say what is wrong with the rest.
 
-import inspect
+Solutions run in notebooks/solutions; here are starters and wrong answers."""
+
+import importlib
 import math
-from functools import partial
+import re
+from types import SimpleNamespace
 
+import jupytext
+import nbformat
 import pytest
+import sync
 import torch
 import torch.nn.functional as F
 
-from memtx_minimal import exercises, transformer_xl
+from memtx_minimal import exercises, transformer_xl, vanilla_transformer
 from memtx_minimal.compressive_transformer import MaxPooling
+from memtx_minimal.exercises.core import EXERCISES, NotRight, called_by, check, differ, require, show
 from memtx_minimal.feedback_transformer import FeedbackTransformer, step
-from memtx_minimal.transformer_xl import (
-    RelativeAttention,
-    TransformerXL,
-    distances,
-    rel_shift,
-)
-from memtx_minimal.vanilla_transformer import VanillaTransformer, sinusoid
+from memtx_minimal.transformer_xl import RelativeAttention, TransformerXL, distances, rel_shift
+
+CHAPTERS = {  # number of the exercises -> notebook
+    (n.lstrip("0") or "0").upper(): name for name in sync.notebooks() for n in [sync.split_name(name)[0]]
+}
+GIVEN = [n for n, judge in EXERCISES.items() if getattr(judge, "right", None)]
+FUNCTIONS = [n for n in GIVEN if callable(EXERCISES[n].right)]
+MISTAKES = [(n, hint) for n in GIVEN for hint in EXERCISES[n].mistakes]
 
 
-def attention(q, k, v, last=1, scale=True):
-    rows = []
-    for t in range(len(q)):
-        scores = k[: t + last] @ q[t] / (q.size(1) ** 0.5 if scale else 1)
-        rows.append(scores.softmax(dim=0) @ v[: t + last])
-    return torch.stack(rows)
+def chapter(number):
+    return number.split(".")[0]
 
 
-def test_attention():
-    exercises.check_attention(attention)
-    with pytest.raises(AssertionError, match=r"T = 2, d = 4: queries \[0\] are wrong"):
-        exercises.check_attention(partial(attention, last=2))  # one look ahead
-    with pytest.raises(AssertionError, match=r"T = 2, d = 4: queries \[1\] are wrong"):
-        exercises.check_attention(partial(attention, scale=False))
-    with pytest.raises(AssertionError, match=r"the shape is \(1, 4, 1\), not \(1, 4\)"):
-        exercises.check_attention(lambda *qkv: attention(*qkv)[..., None])
+def cells(path):
+    """{number: source} of the cells tagged exercise, by what they check."""
+    found = {}
+    for _, cell in sync.tagged(jupytext.read(path), "exercise"):
+        for number in re.findall(r'exercises\.check\("([\w.]+)"', cell.source):
+            assert number not in found, f"{path.name} checks {number} twice"
+            found[number] = cell.source
+    return found
 
 
-def test_cache():
-    exercises.check_cache(lambda T, B, n: 2 * 32 * B * T * n * (4096 // 32) * 2)
-    with pytest.raises(AssertionError, match=r"\(1, 1, 1\): 8192, not 16384"):
-        exercises.check_cache(lambda T, B, n: 32 * B * T * n * (4096 // 32) * 2)
+@pytest.fixture(scope="module", params=sorted({chapter(n) for n in EXERCISES}))
+def taught(request):
+    """A chapter with exercises: its number and its notebook's name."""
+    return request.param, CHAPTERS[request.param]
 
 
-def turn(k, d_model, sign=1):
-    half = d_model // 2
-    angle = k / 10_000 ** (torch.arange(half) / half)
-    sin, cos = sign * angle.sin().diag(), angle.cos().diag()
-    return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
+def test_starters_and_solutions_are_there(taught):
+    number, name = taught
+    mine = [n for n in EXERCISES if chapter(n) == number]
+    assert 6 <= len(mine) <= 8
+    for path in (f"{name}.py", f"solutions/{name}.py"):
+        assert list(cells(sync.ROOT / "notebooks" / path)) == mine, path
 
 
-def test_turn():
-    exercises.check_turn(turn)
-    with pytest.raises(AssertionError, match=r"k = 1, d_model = 2: dimensions \[0, 1\]"):
-        exercises.check_turn(partial(turn, sign=-1))
-    with pytest.raises(AssertionError, match=r"the shape is \(1, 1\), not \(2, 2\)"):
-        exercises.check_turn(lambda k, d_model: torch.eye(d_model // 2))
-
-
-@pytest.fixture
-def vanilla():
+def known(name):
+    """What a starter finds in its chapter: the models' code, and small things."""
     torch.manual_seed(0)
-    return VanillaTransformer(10, 16, 2, 2, 32, max_len=64).eval()
+    found = vars(vanilla_transformer) | vars(transformer_xl)
+    for path in sync.chapter_modules(sync.ROOT, name):
+        found |= vars(importlib.import_module(f"memtx_minimal.{path.stem}"))
+    sizes = dict(d_model=16, n_heads=2, n_layers=2, d_ff=32)
+    return found | {
+        "torch": torch, "exercises": exercises, "__name__": "__main__",
+        "model": vanilla_transformer.VanillaTransformer(10, **sizes).eval(),
+        "corpus": SimpleNamespace(valid=torch.randint(10, (200,))),
+        "tiny": FeedbackTransformer(10, **sizes, mem_len=6).double(),
+        "own": 1.7, "none": 1.9,
+    }  # fmt: skip
 
 
-@torch.no_grad()
-def slid(model, tokens, drop=True):
-    """The last of 65 tokens, from keys and values of those before, less the oldest."""
-    x, y = (
-        model.embedding(part) + exercises.sinusoid(places, 16)
-        for part, places in ((tokens[:, :64], torch.arange(64)), (tokens[:, 64:], torch.tensor([63])))
-    )
-    for layer in model.layers:
-        _, k, v = parts(layer, x)
-        q, new_k, new_v = parts(layer, y)
-        k, v = (torch.cat([old[:, :, drop:], new], dim=2) for old, new in ((k, new_k), (v, new_v)))
-        y = y + layer.attention.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        y, x = y + layer.feed_forward(layer.norm_feed_forward(y)), layer(x)
-    return model.head(model.norm(y))[:, -1]
+def test_starters_run_and_are_not_answered_yet(taught, capsys):
+    _, name = taught
+    for number, source in cells(sync.ROOT / "notebooks" / f"{name}.py").items():
+        exec(source, known(name))
+        assert capsys.readouterr().out == f"{number}: not answered yet\n"
 
 
-def parts(layer, x):
-    qkv = layer.attention.query_key_value(layer.norm_attention(x))
-    return qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+def test_each_exercise_has_goal_minutes_difficulty_and_hint(taught):
+    number, name = taught
+    text = sync.read(sync.ROOT / "notebooks" / f"{name}.py")
+    for n in [n for n in EXERCISES if chapter(n) == number]:
+        start = text.index(f"# **{n} ") + 2
+        words = text[start : text.index("# %%", start)]
+        assert re.match(r"\*\*[\w.]+ [^*]+\*\* \*\([^;]+; (easy|middle|hard); \d+ minutes\)\*", words.replace("\n# ", " ")), n
+        after = text[text.index(f'exercises.check("{n}"') :]
+        assert after[: after.index("</details>")].count("<summary>Hint</summary>") == 1, n
 
 
-def test_slide(vanilla, capsys):
-    exercises.check_slide(partial(slid, vanilla), vanilla)
-    assert "from those of the last 64 read anew" in capsys.readouterr().out
-    for wrong in (partial(slid, vanilla, drop=False), lambda tokens: vanilla(tokens[:, 1:])[0][:, -1]):
-        with pytest.raises(AssertionError, match="the logits are wrong by"):
-            exercises.check_slide(wrong, vanilla)
+def test_the_committed_solutions_are_right(taught):
+    number, name = taught
+    nb = nbformat.read(sync.ROOT / "notebooks" / "solutions" / f"{name}.ipynb", as_version=4)
+    said = "".join(out.get("text", "") for c in nb.cells for out in c.get("outputs", []))
+    for n in [n for n in EXERCISES if chapter(n) == number]:
+        assert re.search(rf"(?m)^{re.escape(n)}: right", said), n
 
 
-@torch.no_grad()
-def sliding(model, stream, n, first=0):
-    windows = stream[first : first + n + 63].unfold(0, 64, 1)
-    return F.cross_entropy(model(windows)[0][:, -1], stream[64 + first : 64 + first + n]).item()
+@pytest.mark.parametrize("number, hint", MISTAKES)
+def test_a_known_mistake_gets_its_hint(number, hint):
+    with pytest.raises(NotRight) as wrong:
+        check(number, EXERCISES[number].mistakes[hint])
+    assert str(wrong.value).endswith(f"hint: {hint}") and "not right yet" in str(wrong.value)
 
 
-def test_sliding(vanilla):
-    stream = torch.randint(10, (200,), generator=torch.Generator().manual_seed(0))
-    exercises.check_sliding(sliding, vanilla, stream)
-    with pytest.raises(AssertionError, match="n = 1: "):
-        exercises.check_sliding(partial(sliding, first=1), vanilla, stream)
-    with pytest.raises(AssertionError, match="n = 1: nan"):
-        exercises.check_sliding(lambda *_: math.nan, vanilla, stream)
+@pytest.mark.parametrize("number", FUNCTIONS)
+def test_what_is_right_is_right_and_what_is_odd_is_told(number, capsys):
+    def broken(*case):
+        raise KeyError("oh")
 
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return FeedbackTransformer(10, 16, 2, 2, 32, mem_len=6).double()
-
-
-def blocks(model, x, kv, S):
-    outputs, vectors = [], []
-    for part in x.split(S, dim=1):
-        n = part.size(1)
-        together = part.flatten(0, 1), kv.repeat_interleave(n, dim=0)
-        output, vector = (y.unflatten(0, (-1, n)) for y in step(model, *together))
-        kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
-        kv = kv[:, -model.mem_len :]
-        outputs.append(output)
-        vectors.append(vector)
-    return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
-
-
-def test_clock():
-    exercises.check_clock(lambda L, n, kind: L if kind == "vanilla" else L * (n + 1))
-    with pytest.raises(AssertionError, match=r"my_clock\(2, 0, 'vanilla'\) is 1; 2 layers"):
-        exercises.check_clock(lambda L, n, kind: min(L, n + 1) if kind == "vanilla" else L * (n + 1))
-
-
-def test_clock_in_every_depth():
-    with pytest.raises(AssertionError, match=r"my_clock\(1, 0, 'vanilla'\) is 4; 1 layers"):
-        exercises.check_clock(lambda L, n, kind: 4 if kind == "vanilla" else L * (n + 1))
-
-
-def test_tracker(model):
-    model.mem_len = 1  # made with more
-    with pytest.raises(AssertionError, match="mem_len=6, not 1: train a new model"):
-        exercises.check_tracker(model)
-    with pytest.raises(AssertionError, match="2 layers, not 1"):
-        exercises.check_tracker(FeedbackTransformer(10, 16, 2, 2, 32, mem_len=1))
-    with pytest.raises(AssertionError, match="above 0.9"):
-        exercises.check_tracker(FeedbackTransformer(10, 16, 2, 1, 32, mem_len=1))
-
-
-def test_patience():
-    exercises.check_patience([0.8] * 32)
-    with pytest.raises(AssertionError, match="0.29 right"):
-        exercises.check_patience([0.29] * 32)
-
-
-def mixed_up(model, x, kv, S):
-    """The texts of a batch share their memories."""
-    return blocks(model, x, kv.roll(1, dims=0), S)
-
-
-def backwards_in_a_block(model, x, kv, S):
-    turned = torch.cat([part.flip(1) for part in x.split(S, dim=1)], dim=1)
-    *both, kv = blocks(model, turned, kv, S)
-    back = [torch.cat([y.flip(1) for y in all.split(S, dim=1)], dim=1) for all in both]
-    return *back, kv
-
-
-def test_blocks(model):
-    exercises.check_blocks(blocks, model)
-    for wrong, why in [
-        (lambda model, x, kv, S: blocks(model, x, kv, 1), r"S = 4: outputs are wrong at"),
-        (lambda *a: tuple(2 * y for y in blocks(*a)), "S = 1: outputs are wrong at"),
-        (mixed_up, "own text's memory"),
-        (backwards_in_a_block, "S = 4: outputs are wrong"),
+    for odd, why in [
+        (lambda *case: None, "returns nothing: is there a `return`"),
+        (broken, r"fails with KeyError: 'oh'\nin the line: raise KeyError"),
+        (lambda: 1, "takes 0 positional arguments"),
+        (lambda *case: object(), "should"),
+        (lambda *case: torch.zeros(9, 9, 9), "should"),
+        (7, "hand in the function itself"),
     ]:
-        with pytest.raises(AssertionError, match=why):
-            exercises.check_blocks(wrong, model)
+        with pytest.raises(NotRight, match=why):
+            check(number, odd)
+    check(number, lambda *case: ...)
+    assert capsys.readouterr().out == f"{number}: not answered yet\n"
 
 
-# ---------------------------------------------------------------- chapter 4
+@pytest.mark.parametrize("number", GIVEN)
+def test_at_least_three_wrong_answers(number):
+    assert len(EXERCISES[number].mistakes) >= 2  # and what is odd, above
 
 
-def sets(buckets, c, before=(0, 1)):
-    order = sorted(range(len(buckets)), key=lambda i: (buckets[i], i))
-    chunk = {i: place // c for place, i in enumerate(order)}
-    near = lambda i, j: chunk[i] - chunk[j] in before and buckets[i] == buckets[j]
-    return [[j for j in range(i + 1) if near(i, j)] for i in range(len(buckets))]
+def refused(number, *answer, why):
+    with pytest.raises(NotRight, match=why):
+        check(number, *answer)
 
 
-def test_sets():
-    exercises.check_sets(sets)
-    for wrong in (lambda h, c: sets(h, c, (0,)), lambda h, c: sets([0] * len(h), c)):
-        with pytest.raises(AssertionError, match="the set of"):
-            exercises.check_sets(wrong)
-    with pytest.raises(AssertionError, match="the set of"):
-        exercises.check_sets(lambda h, c: [s[::-1] for s in sets(h, c)])
-    with pytest.raises(AssertionError, match="6 sets for 5 tokens"):
-        exercises.check_sets(lambda h, c: [*sets(h, c), []])
+# ---------------------------------------------------------------- the core
 
 
-def test_once():
-    exercises.check_once([2.3, 2.2, 2.1, 2.0], [2.3, 2.25, 2.15, 2.05])
-    with pytest.raises(AssertionError, match="finds no key twice"):
-        exercises.check_once([2.3, 2.2, 2.1, 2.0], [2.4, 2.25, 2.15, 2.05])
-    with pytest.raises(AssertionError, match="switched"):
-        exercises.check_once([2.3, 2.2, 2.1, 2.0], [2.3, 2.2, 2.1, 2.0])
-    with pytest.raises(AssertionError, match="two lists of four"):
-        exercises.check_once([2.3], [2.3])
-    with pytest.raises(AssertionError, match="more than 0.2"):
-        exercises.check_once([9.0] * 4, [9, 1, 20, 5])
+def test_a_notebook_shows_the_words_alone():
+    with pytest.raises(NotRight) as wrong:
+        check("1.5", lambda M, L: 1 + L * M)
+    assert wrong.value._render_traceback_() == [str(wrong.value)]
+    assert str(wrong.value).splitlines() == [
+        "1.5: not right yet", "<lambda>(4, 1): should be 4, and is 5",
+        "expected: 4", "got:      5", "hint: a query sees M keys, and one of them is itself",
+    ]  # fmt: skip
 
 
-def test_broken():
-    exercises.check_broken(0.2)
-    for wrong in (1e-12, 5e9, float("inf")):
-        with pytest.raises(AssertionError, match="other numbers are dropped"):
-            exercises.check_broken(wrong)
+def test_an_unknown_number_names_the_others():
+    with pytest.raises(ValueError, match="no exercise '1.99': choose from .*1.1, 1.2"):
+        check("1.99", 1)
 
 
-def test_places():
-    places = lambda h, c: sum(c * -(-h.count(b) // c) for b in set(h))
-    exercises.check_places(places)
-    with pytest.raises(AssertionError, match="1024 places for"):
-        exercises.check_places(lambda h, c: len(h))
+def test_a_handout_stops_where_nothing_is_written():
+    with pytest.raises(NotRight, match="your code is still missing"):
+        require("1.5", lambda M, L: ...)
 
 
-# ---------------------------------------------------------------- appendix A
+def test_what_is_called_is_seen_through_helpers_and_other_names():
+    def helper(x):
+        return rel_shift(x)
+
+    globals()["helper_of_a_student"] = helper
+    assert "rel_shift" in called_by(lambda x: helper_of_a_student(x))  # noqa: F821
+    assert "rel_shift" in called_by(rel_shift)
+    del globals()["helper_of_a_student"]
 
 
-def both_ways(g_m, x, keep, p, W_q, W_k, W_v, W_1, W_2, softmax=True):
-    """The solutions of exercises 2 and 3 in one: the error at p last."""
-    T, d = x.shape
-    q, k, v, z, m, g_q, g_k, g_v, g_z, g_p = torch.zeros(10, T, d, dtype=x.dtype)
-    h, g_h = torch.zeros(2, T, len(W_1), dtype=x.dtype)
-    w, g_m, left = [None] * T, g_m.clone(), x.new_zeros(T, 2 * T)
-    for t in range(T):
-        q[t] = W_q @ x[t]
-        w[t] = ((k[:t] + p[T - t :]) @ q[t]).softmax(dim=0)
-        z[t] = x[t] + (keep[t, :t] * w[t]) @ v[:t]
-        h[t] = (W_1 @ z[t]).relu()
-        m[t] = z[t] + W_2 @ h[t]
-        k[t], v[t] = W_k @ m[t], W_v @ m[t]
-    for t in reversed(range(T)):
-        g_m[t] += W_k.T @ g_k[t] + W_v.T @ g_v[t]
-        g_h[t] = W_2.T @ g_m[t] * (h[t] > 0)
-        g_z[t] = g_m[t] + W_1.T @ g_h[t]
-        g_w = keep[t, :t] * (v[:t] @ g_z[t])
-        g_s = w[t] * (g_w - w[t] @ g_w * softmax)
-        g_q[t] = (k[:t] + p[T - t :]).T @ g_s
-        g_k[:t] += torch.outer(g_s, q[t])
-        g_v[:t] += torch.outer(keep[t, :t] * w[t], g_z[t])
-        g_p[T - t :] += torch.outer(g_s, q[t])
-        left[t, T : T + t] = g_s
-    at_once = left.as_strided((T, T), (2 * T + 1, 1)).T @ q
-    torch.testing.assert_close(at_once, g_p)
-    weights = g_q.T @ x, g_k.T @ m, g_v.T @ m, g_h.T @ z, g_m.T @ h
-    return g_z + g_q @ W_q, *weights, at_once
+def test_a_check_leaves_the_random_numbers_as_they_were():
+    before = torch.manual_seed(1).get_state()
+    check("1.6", Bias)
+    check("2.2", lambda *case: ...)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_dropout_backwards():
-    def mine(g_m, x, keep, *weights, **wrong):
-        return both_ways(g_m, x, keep, torch.zeros_like(x), *weights, **wrong)[:-1]
-
-    exercises.check_dropout_backwards(mine)
-    with pytest.raises(AssertionError, match="the error at x: expected"):
-        exercises.check_dropout_backwards(lambda *given: mine(*given, softmax=False))
-    with pytest.raises(AssertionError, match="1 errors; return those at x, W_q"):
-        exercises.check_dropout_backwards(lambda *given: mine(*given)[:1])
-
-
-def test_ages_backwards():
-    def mine(g_m, x, p, *weights):
-        ones = x.new_ones(len(x), len(x))
-        g_x, *g_weights, g_p = both_ways(g_m, x, ones, p, *weights)
-        return g_x, g_p, *g_weights
-
-    exercises.check_ages_backwards(mine)
-    with pytest.raises(AssertionError, match="the error at p: expected"):
-        exercises.check_ages_backwards(
-            lambda *given: [e.flip(0) if n == 1 else e for n, e in enumerate(mine(*given))]
-        )
-
-
-# ---------------------------------------------------------------- appendix B
-
-
-def test_pair():
-    exercises.check_pair(((1, 0), (0, 0)))
-    for wrong, why in [
-        (((0, 1), (0, 0)), "buckets must differ"),
-        (((1, 0), (0, 1)), "never lies in an earlier chunk"),
-        (((1, 1), (0, 0)), "differ by 2"),
-    ]:
-        with pytest.raises(AssertionError, match=why):
-            exercises.check_pair(wrong)
-
-
-def test_rounds():
-    def add(tops, totals, outs, top=None):
-        tops, totals, outs = map(torch.stack, (tops, totals, outs))
-        share = (tops - tops.amax(dim=0)).exp2() if top is None else top
-        return (share * outs).sum(dim=0) / (share * totals).sum(dim=0)
-
-    exercises.check_rounds(add)
-    with pytest.raises(AssertionError, match="one largest score"):
-        exercises.check_rounds(lambda *rounds: add(*rounds, top=1.0))
+def test_differences_are_named():
+    a = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
+    assert not differ(a, torch.tensor([[1.0, 2.0], [3.0, 9.0]]), 1e-6)
+    assert differ(a, a + 1, 1e-6) == "at [0, 0] should be 1, and is 2"
+    assert differ(a, a[0], 1e-6) == "the shape should be (2, 2), and is (2,)"
+    assert differ([1, 2], (1, 3), 0) == "number 1: should be 2, and is 3"
+    assert differ(1, True, 0) and differ(1, "1", 0) and differ("a", "b", 0)
+    assert not differ(1, torch.tensor(1), 0) and not differ(0.5, 0.5004, 1e-3)
+    assert show(a) == "[[1, 2], [3, any]]"
 
 
 # ---------------------------------------------------------------- chapter 1
 
 
-def papers_shift(scores):
-    T, K = scores.shape[-2:]
-    padded = torch.nn.functional.pad(scores, (1, 0))
-    return padded.reshape(*scores.shape[:-2], K + 1, T)[..., 1:, :].reshape(scores.shape)
+def test_the_shift_must_be_written():
+    refused("1.2", lambda s: rel_shift(F.pad(s, (1, 0))), why="without rel_shift")
 
 
-def last_row_first(scores):
-    padded = torch.nn.functional.pad(scores, (1, 0))
-    T, K = scores.shape[-2:]
-    return padded.reshape(*scores.shape[:-2], K + 1, T)[..., :-1, :].reshape(scores.shape)
+def test_a_memory_with_faults():
+    from memtx_minimal.exercises import chapter_1
+
+    for hint, fault in list(chapter_1.faults.items())[1:]:
+        refused("1.3", fault, why=re.escape(hint))
+    refused("1.3", lambda *a: chapter_1.remembered(*a).requires_grad_(), why="no graph")
 
 
-def test_shift():
-    exercises.check_shift(papers_shift)
-    for wrong, why in [
-        (lambda s: rel_shift(s), "without rel_shift"),
-        (lambda s: s, r"T = 3, M = 2: row 0, key 0, at a distance of 2: should be row 0, column 2"),
-        (last_row_first, "T = 3, M = 2: row 0, key 0"),
-        (lambda s: s[0, 0], r"the shape is \(3, 5\); return \(2, 3, 3, 5\)"),
-        (lambda s: None, r"the shape is \(\)"),
-        (lambda s: s @ s, "it fails with RuntimeError"),
-    ]:
-        with pytest.raises(AssertionError, match=why):
-            exercises.check_shift(wrong)
-
-
-def test_cleared():
-    exercises.check_cleared(1.75, 1.9, 1.7)
-    with pytest.raises(AssertionError, match="is it cleared at all"):
-        exercises.check_cleared(1.7, 1.9, 1.7)
-    with pytest.raises(AssertionError, match="as if 75% of the segments"):
-        exercises.check_cleared(1.85, 1.9, 1.7)
-
-
-def test_reach_with_same_length():
-    exercises.check_reach(lambda M, L: 1 + L * (M - 1))
-    with pytest.raises(AssertionError, match=r"my_reach\(4, 1\) is 5, not 4"):
-        exercises.check_reach(lambda M, L: 1 + L * M)
+def test_cleared(capsys):
+    check("1.4", 1.75, 1.9, 1.7)
+    refused("1.4", 1.7, 1.9, 1.7, why="one segment in four has none")
+    refused("1.4", 1.85, 1.9, 1.7, why="as if 75% of the segments")
+    refused("1.4", "1.75", 1.9, 1.7, why="three losses, please")
 
 
 @pytest.mark.parametrize("same_length", [False, True])
 def test_longest_reach_is_what_is_felt(same_length):
+    from memtx_minimal.exercises.chapter_1 import longest_reach
+
     for T, M, L in [(4, 1, 3), (4, 3, 2), (4, 6, 3), (3, 3, 2), (1, 5, 2)]:
         torch.manual_seed(0)
         model = TransformerXL(10, 16, 2, L, 32, mem_len=M, same_length=same_length).double()
@@ -364,7 +222,7 @@ def test_longest_reach_is_what_is_felt(same_length):
             logits, memory = model(segment, memory)
         last = logits[:, -1]
         felt = ((last[1:] - last[0]).abs().amax(dim=1) > 1e-12).sum().item()
-        assert exercises.longest_reach(T, M, L, same_length) == felt < n
+        assert longest_reach(T, M, L, same_length) == felt < n
         if not same_length:
             assert felt == T + M + T * math.ceil(M / T) * (L - 1)
 
@@ -387,137 +245,257 @@ class Bias(RelativeAttention):
 
 
 def test_bias():
-    exercises.check_bias(type("Long", (Bias,), {"n": 64}))
-    exercises.check_bias(Bias)
-    with pytest.raises(AssertionError, match="a parameter `bias`"):
-        exercises.check_bias(RelativeAttention)
-    with pytest.raises(AssertionError, match="they share its last number"):
-        exercises.check_bias(type("Round", (Bias,), {"shared": False}))
-    upside_down = lambda self, context, R, mask: Bias.forward(self, context.flip(1), R, mask)
-    with pytest.raises(AssertionError, match="the output is wrong, when the table covers"):
-        exercises.check_bias(type("Wrong", (Bias,), {"n": 64, "forward": upside_down}))
+    check("1.6", type("Long", (Bias,), {"n": 64}))
+    check("1.6", Bias)
+    refused("1.6", RelativeAttention, why="a parameter `bias`")
+    refused("1.6", type("Round", (Bias,), {"shared": False}), why="they share its last number")
+    flipped = lambda self, context, R, mask: Bias.forward(self, context.flip(1), R, mask)
+    refused("1.6", type("Wrong", (Bias,), {"n": 64, "forward": flipped}), why="while the table covers")
+    refused("1.6", type("None_", (Bias,), {"forward": lambda *a: None}), why="returns nothing")
 
 
 def test_through():
-    source = inspect.getsource(TransformerXL).replace("TransformerXL", "Through", 1)
-    names = vars(transformer_xl) | {}
-    exec(source.replace(".detach()", ""), names)
     torch.manual_seed(0)
     sizes = dict(vocab_size=20, d_model=16, n_heads=2, n_layers=2, d_ff=32, mem_len=4)
-    exercises.check_through(names["Through"](**sizes))
-    with pytest.raises(AssertionError, match="is `detach` gone?"):
-        exercises.check_through(TransformerXL(**sizes))
+    refused("1.7", TransformerXL(**sizes), why="is `detach` gone?")
+    refused("1.7", TransformerXL, why="hand in a model")
+    refused("1.7", 3, why="hand in a model, .*, and not a int")
+
+
+# ---------------------------------------------------------------- chapter 0
+
+
+@pytest.fixture
+def vanilla():
+    torch.manual_seed(0)
+    return vanilla_transformer.VanillaTransformer(10, 16, 2, 2, 32, max_len=64).eval()
+
+
+@torch.no_grad()
+def slid(model, tokens, drop=True):
+    """The last of 65 tokens, from keys and values of those before, less the oldest."""
+    x, y = (
+        model.embedding(part) + vanilla_transformer.sinusoid(places, 16)
+        for part, places in ((tokens[:, :64], torch.arange(64)), (tokens[:, 64:], torch.tensor([63])))
+    )
+    for layer in model.layers:
+        _, k, v = parts(layer, x)
+        q, new_k, new_v = parts(layer, y)
+        k, v = (torch.cat([old[:, :, drop:], new], dim=2) for old, new in ((k, new_k), (v, new_v)))
+        y = y + layer.attention.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y, x = y + layer.feed_forward(layer.norm_feed_forward(y)), layer(x)
+    return model.head(model.norm(y))[:, -1]
+
+
+def parts(layer, x):
+    qkv = layer.attention.query_key_value(layer.norm_attention(x))
+    return qkv.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+
+
+def test_slide(vanilla, capsys):
+    check("0.4", lambda tokens: slid(vanilla, tokens), vanilla)
+    assert "from the logits of the last 64, read anew" in capsys.readouterr().out
+    refused("0.4", lambda tokens: slid(vanilla, tokens, drop=False), vanilla, why="the oldest of each layer out")
+    refused("0.4", lambda tokens: vanilla(tokens[:, 1:])[0][:, -1], vanilla, why="read anew: go on from the cache")
+    refused("0.4", lambda tokens: vanilla(tokens)[0], vanilla, why="fails with ValueError")
+    refused("0.4", lambda tokens: slid(vanilla, tokens)[0], vanilla, why=r"shape should be \(1, 10\)")
+
+
+@torch.no_grad()
+def sliding(model, stream, n, first=0, width=64):
+    windows = stream[first + 64 - width : first + n + 63].unfold(0, width, 1)
+    return F.cross_entropy(model(windows)[0][:, -1], stream[64 + first : 64 + first + n]).item()
+
+
+def test_sliding(vanilla):
+    stream = torch.randint(10, (200,), generator=torch.Generator().manual_seed(0))
+    check("0.5", sliding, vanilla, stream)
+    refused("0.5", lambda *a: sliding(*a, first=1), vanilla, stream, why="character 64 is the first")
+    refused("0.5", lambda *a: sliding(*a, width=63), vanilla, stream, why="not from 63")
+    refused("0.5", lambda m, s, n: n * sliding(m, s, n), vanilla, stream, why="n = 30: .*\nhint: the mean")
+    refused("0.5", lambda *a: math.nan, vanilla, stream, why="n = 1: ")
+
+
+def turn(n, d_model, sign=1):
+    half = d_model // 2
+    angle = n / 10_000 ** (torch.arange(half) / half)
+    sin, cos = sign * angle.sin().diag(), angle.cos().diag()
+    return torch.cat([torch.cat([cos, -sin], dim=1), torch.cat([sin, cos], dim=1)])
+
+
+def test_turn():
+    check("0.7", turn)
+    refused("0.7", lambda *a: turn(*a, sign=-1), why=r"(?s)my_turn\(1, 2\): dimensions \[0, 1\].*it turns back")
+    refused("0.7", lambda *a: turn(*a).T, why="it turns back")
+    refused("0.7", lambda n, d: torch.eye(d // 2), why=r"a tensor \(2, 2\), and is a tensor \(1, 1\)")
+    order = lambda d: torch.arange(d).view(2, -1).T.flatten()
+    refused("0.7", lambda n, d: turn(n, d)[order(d)][:, order(d)], why="cosines in the second")
+
+
+def test_choices_say_which_is_wrong(capsys):
+    check("0.6", {"one layer": ..., "two layers": False, "with positions": False})
+    assert capsys.readouterr().out == "0.6: not answered yet\n"
+    refused("0.6", [True, False, False], why="hand in the dictionary with the keys one layer")
+    refused("0.6", {"one layer": "yes", "two layers": 0, "with positions": 0}, why="should be True, and is 'yes'")
+
+
+# ---------------------------------------------------------------- chapter 3
+
+
+@pytest.fixture
+def feedback():
+    torch.manual_seed(0)
+    return FeedbackTransformer(10, 16, 2, 2, 32, mem_len=6).double()
+
+
+def test_tracker(feedback):
+    feedback.mem_len = 1  # made with more
+    refused("3.5", feedback, why="mem_len=6, not 1: train a new model")
+    refused("3.5", FeedbackTransformer(10, 16, 2, 2, 32, mem_len=1), why="2 layers, not 1")
+    refused("3.5", FeedbackTransformer(10, 16, 2, 1, 32, mem_len=1), why="above 0.9")
+    refused("3.5", [0.9] * 32, why="hand in a trained FeedbackTransformer, and not a list")
+
+
+def blocks(model, x, kv, S):
+    outputs, vectors = [], []
+    for part in x.split(S, dim=1):
+        n = part.size(1)
+        together = part.flatten(0, 1), kv.repeat_interleave(n, dim=0)
+        output, vector = (y.unflatten(0, (-1, n)) for y in step(model, *together))
+        kv = torch.cat([kv, model.memory.keys_values(vector)], dim=1)
+        kv = kv[:, -model.mem_len :]
+        outputs.append(output)
+        vectors.append(vector)
+    return torch.cat(outputs, dim=1), torch.cat(vectors, dim=1), kv
+
+
+def mixed_up(model, x, kv, S):
+    """The texts of a batch share their memories."""
+    return blocks(model, x, kv.roll(1, dims=0), S)
+
+
+def backwards_in_a_block(model, x, kv, S):
+    turned = torch.cat([part.flip(1) for part in x.split(S, dim=1)], dim=1)
+    *both, kv = blocks(model, turned, kv, S)
+    back = [torch.cat([y.flip(1) for y in all.split(S, dim=1)], dim=1) for all in both]
+    return *back, kv
+
+
+def test_blocks(feedback):
+    check("3.6", blocks, feedback)
+    for wrong, why in [
+        (lambda model, x, kv, S: blocks(model, x, kv, 1), r"S = 4: outputs are wrong at"),
+        (lambda *a: tuple(2 * y for y in blocks(*a)), "S = 1: outputs are wrong at"),
+        (mixed_up, "own text's memory"),
+        (backwards_in_a_block, "S = 4: outputs are wrong"),
+        (lambda *a: blocks(*a)[:2], "return three things"),
+        (lambda *a: blocks(*a)[0], "return three things.* not a tensor"),
+        (lambda model, x, kv, S: blocks(model, x, kv, S / 2), "fails with TypeError"),
+    ]:
+        refused("3.6", wrong, feedback, why=why)
 
 
 # ---------------------------------------------------------------- chapter 2
 
 
-def my_slot(slot, n, M, C, c):
-    if slot >= C:
-        return [n - M + slot - C]
-    first = n - M - c * (C - slot)
-    return list(range(first, first + c))
+@pytest.mark.parametrize("T, M, C, c", [(3, 6, 6, 3), (4, 8, 4, 2), (4, 4, 3, 4), (2, 6, 5, 1)])
+def test_the_slots_are_those_of_the_pipeline(T, M, C, c):
+    from memtx_minimal.exercises.chapter_2 import stands_in
+
+    compressed, memory = [], []
+    for n in range(T, 20 * T + 1, T):
+        memory += [[t] for t in range(n - T, n)]
+        while len(memory) > M:
+            compressed.append(sum(memory[:c], []))
+            memory = memory[c:]
+        row = compressed[-C:] + memory
+        if len(row) == C + M:
+            assert [stands_in(slot, n, M, C, c) for slot in range(C + M)] == row
 
 
-def test_slot():
-    exercises.check_slot(my_slot)
-    with pytest.raises(AssertionError, match=r"my_slot\(0, 24, 6, 6, 3\) is \[3, 4, 5\], not \[0, 1, 2\]"):
-        exercises.check_slot(lambda slot, n, M, C, c: my_slot(slot, n + 3 * (slot < C), M, C, c))
+def test_the_words_on_what_training_moves_are_true():
+    from memtx_minimal.exercises.chapter_2 import LOSSES, everything, moved, moves
+
+    for f_c in everything:
+        for loss in LOSSES:
+            assert all(moves(f_c, loss, n) == moved(f_c, loss, n) for n in (1, 2))
 
 
-def my_moved(compression, loss, n_pieces):
-    moved = {"embedding, head", "layers"}
-    if compression in ("conv", "dilated") and loss is not None:
-        if loss != "bptt" or n_pieces > 1:
-            moved.add("f_c")
-    if loss == "auto-encoding":
-        moved.add("g")
-    return moved
+def compression(forward):
+    return type("Mine", (MaxPooling,), {"forward": forward})
 
 
-def test_moved():
-    exercises.check_moved(my_moved)
-    with pytest.raises(AssertionError, match=r"\('conv', 'bptt', 1\) is .*'f_c'.*; training moves \['emb"):
-        exercises.check_moved(lambda compression, loss, n: my_moved(compression, loss, 2))
-    with pytest.raises(AssertionError, match=r"'max', 'attention', 1\) is .*'f_c'"):
-        exercises.check_moved(lambda f_c, loss, n: my_moved("conv" if f_c == "max" else f_c, loss, n))
-
-
-def my_even(T, n_remembered):
-    seen = torch.ones(T, n_remembered + T).tril(n_remembered)
-    return (seen / seen.sum(dim=1, keepdim=True)).mean(dim=0)
-
-
-def test_even():
-    exercises.check_even(my_even)
-    with pytest.raises(AssertionError, match=r"my_even\(3, 2\): slot 4 gets 0.0667, not 0.2000"):
-        exercises.check_even(lambda T, n: torch.ones(n + T) / (n + T))
-    with pytest.raises(AssertionError, match="one share a slot: 5"):
-        exercises.check_even(lambda T, n: my_even(T, n)[:4])
-
-
-def test_compression():
-    class Newest(MaxPooling):
-        def forward(self, old, used=None):
-            return old[:, self.rate - 1 :: self.rate]
-
-    class Oldest(MaxPooling):
-        def forward(self, old, used=None):
-            return old[:, :: self.rate]
-
-    class Backwards(MaxPooling):
-        def forward(self, old, used=None):
-            return old.flip(1)[:, :: self.rate]
-
-    class Alone(MaxPooling):
-        def forward(self, old):
-            return old[:, self.rate - 1 :: self.rate]
-
-    class Whole(MaxPooling):
-        def forward(self, old, used=None):
-            return old
-
-    exercises.check_compression(Newest)
-    for wrong, why in [
-        (Oldest, "rate 2: not the newest of each 2"), (Backwards, "in reverse"),
-        (Alone, "used=None"), (Whole, "should be"),
-    ]:  # fmt: skip
-        with pytest.raises(AssertionError, match=why):
-            exercises.check_compression(wrong)
-
-
-def my_ages(T, M, C, c):
-    newest = M + 1 + torch.arange(T)[:, None]
-    groups = c * torch.arange(C - 1, -1, -1) + (c - 1) / 2
-    return torch.cat([newest + groups, distances(T, M)], dim=1)
-
-
-def test_ages():
-    exercises.check_ages(my_ages)
-    with pytest.raises(AssertionError, match=r"my_ages\(2, 3, 2, 4\): query 0 is 9.5 from key 0, not 5"):
-        exercises.check_ages(lambda T, M, C, c: distances(T, M + C))
-    with pytest.raises(AssertionError, match=r"not \(T, K\) = \(2, 7\)"):
-        exercises.check_ages(lambda T, M, C, c: my_ages(T, M, C, c).T)
+def test_newest():
+    check("2.4", compression(lambda self, old, used=None: old[:, self.rate - 1 :: self.rate]))
+    for forward, why in [
+        (lambda self, old, used=None: old[:, :: self.rate], "rate 2: .*\nhint: that is the oldest"),
+        (lambda self, old, used=None: old.flip(1)[:, :: self.rate], "in reverse"),
+        (lambda self, old: old, "used=None"),
+        (lambda self, old, used=None: old, "one state for each group"),
+        (lambda self, old, used=None: old[0], "the shape should be"),
+        (lambda self, old, used=None: None, "returns nothing"),
+    ]:
+        refused("2.4", compression(forward), why=why)
 
 
 def my_scores(attention, q, ages):
-    R = sinusoid(ages.flatten(), q.size(1) * q.size(3))
+    R = transformer_xl.sinusoid(ages.flatten(), q.size(1) * q.size(3))
     r = attention.heads(attention.position(R)).unflatten(1, ages.shape)
     return q.size(-1) ** -0.5 * torch.einsum("bhtd,htkd->bhtk", q + attention.v, r)
 
 
 def test_scores():
-    exercises.check_scores(my_scores)
+    check("2.7", my_scores)
     for wrong, why in [
-        (lambda attention, q, ages: my_scores(attention, q - attention.v, ages), r"query 0, key 0: it is \(q \+ v\)"),
-        (lambda attention, q, ages: my_scores(attention, q, ages[:1].expand(3, 5)), "query 1, key 0"),
-        (lambda attention, q, ages: my_scores(attention, q, ages).mT, r"not \(B, H, T, K\)"),
-    ]:  # fmt: skip
-        with pytest.raises(AssertionError, match=why):
-            exercises.check_scores(wrong)
+        (lambda a, q, ages: my_scores(a, q - a.v, ages), "add v to the query"),
+        (lambda a, q, ages: my_scores(a, q - a.v + a.u, ages), "u for contents"),
+        (lambda a, q, ages: my_scores(a, q, ages[:1].expand(3, 5)), "ages of its own"),
+        (lambda a, q, ages: my_scores(a, q, ages) * 8**0.5, "the root of d_head"),
+        (lambda a, q, ages: my_scores(a, q, ages).mT, "the shape should be"),
+    ]:
+        refused("2.7", wrong, why=why)
 
 
-def test_twice():
-    exercises.check_twice(4 + 2 * (4 + 2 * 2 + 4 * 2), 4, 2, 4, 2, 2, 2)
-    with pytest.raises(AssertionError, match="28 tokens are felt, .* is 36"):
-        exercises.check_twice(28, 4, 2, 4, 2, 2, 2)
+# ---------------------------------------------------------------- chapter 4
+
+
+def test_once():
+    check("4.2", [2.3, 2.2, 2.1, 2.0], [2.3, 2.25, 2.15, 2.05])
+    for wrong, why in [
+        (([2.3, 2.2, 2.1, 2.0], [2.4, 2.25, 2.15, 2.05]), "finds no key twice"),
+        (([2.3, 2.2, 2.1, 2.0], [2.3, 2.2, 2.1, 2.0]), "switched"),
+        (([2.3], [2.3]), "two lists of four"),
+        ((2.3, 2.3), "two lists of four losses.*this is a float"),
+        (([9.0] * 4, [9, 1, 20, 5]), "more than 0.2"),
+    ]:
+        refused("4.2", *wrong, why=why)
+
+
+def test_broken():
+    check("4.7", 0.2)
+    for wrong in (1e-12, 5e9, float("inf")):
+        refused("4.7", wrong, why="other numbers are dropped")
+    refused("4.7", "20 %", why="a number; this is a str")
+
+
+# ---------------------------------------------------------------- the appendices
+
+
+def test_seconds():
+    check("A.4", {1: 0.3, 4: 0.2, 16: 0.1, 64: 0.2})
+    refused("A.4", [0.3, 0.2, 0.1, 0.2], why="hand in {1: .*this is a list")
+    refused("A.4", {1: 0.3, 4: 0.2, 16: 0.1}, why="hand in {1: ")
+    refused("A.4", {1: 0.3, 4: 0.3, 16: 0.3, 64: 0.3}, why="was BLOCK changed")
+    refused("A.4", {1: "0.3", 4: 0.3, 16: 0.3, 64: 0.3}, why="seconds, as numbers")
+
+
+def test_pair():
+    check("B.2", ((1, 0), (0, 0)))
+    for wrong, why in [
+        (((0, 1), (0, 0)), "buckets must differ"),
+        (((1, 0), (0, 1)), "never lies in an earlier chunk"),
+        (((1, 1), (0, 0)), "differ by 2"),
+        ((1, 0), "two pairs"),
+        ((("a", 0), (0, 0)), "whole numbers"),
+    ]:
+        refused("B.2", wrong, why=why)

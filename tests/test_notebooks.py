@@ -11,10 +11,11 @@ import pytest
 import sync
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in sync.notebooks(ROOT)]
+NAMES = sync.notebooks(ROOT) + sync.solutions(ROOT)
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in NAMES]
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.fixture(params=NOTEBOOKS, ids=sync.file_name)
 def path(request):
     return request.param
 

@@ -277,6 +277,28 @@ def test_without_a_state_to_compare_with_an_author_chooses(tree, half, other):
     assert sync.sync(tree, check=True) == ([], [])
 
 
+def test_solutions_are_pairs_of_their_own(tree):
+    py = tree / "notebooks/solutions/01_tiny.py"
+    py.parent.mkdir()
+    text = '# %% [markdown] tags=["badges"]\n\n# %% tags=["colab-install"]\n\n# %%\n1 + 1\n'
+    sync.write(py, text)
+    sync.sync(tree)
+    ipynb = py.with_suffix(".ipynb")
+    assert "somewhere/blob/v1.2.0/notebooks/solutions/01_tiny.ipynb" in sync.read(ipynb)
+    assert sync.sync(tree, check=True) == ([], [])
+    assert sync.notebooks(tree) == ["01_tiny"]
+    assert sync.solutions(tree) == ["solutions/01_tiny"]
+    edit(py, "1 + 1", "2 + 2")
+    drift, _ = sync.sync(tree)
+    assert "solutions/01_tiny.ipynb takes over the edit of solutions/01_tiny.py" in drift[0]
+    edit(py, "2 + 2", "3 + 3")
+    edit(ipynb, "2 + 2", "4 + 4")
+    _, broken = sync.sync(tree)
+    assert broken[0].endswith("make sync TAKE=solutions/01_tiny.py or make sync TAKE=solutions/01_tiny.ipynb")
+    sync.sync(tree, take=["solutions/01_tiny.py"])
+    assert "3 + 3" in sync.read(ipynb)
+
+
 def test_a_file_to_take_must_be_there(tree, monkeypatch, capsys):
     monkeypatch.setattr(sync, "ROOT", tree)
     monkeypatch.setattr(sys, "argv", ["sync.py", "--take", "01_tny.py"])
