@@ -976,8 +976,8 @@ exercises.check("0.1", my_attention)
 # </details>
 #
 # **0.2 The size of a cache** *(derive; easy; 10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its cache
-# in numbers of 2 bytes. How many bytes take `B` texts of `T` tokens, if only `n_kv_heads` of the 32 heads have keys and values of their
-# own, which the others share? And how many texts of 100,000 tokens fit into 80 GB with 32 of them, how many with 8?
+# in numbers of 2 bytes. How many bytes do `B` texts of `T` tokens take, if only `n_kv_heads` of the 32 heads have keys and values of their
+# own, which the others share? And how many texts of 100,000 tokens fit into 80 GB set aside for the cache: with 32 key-value heads, and with 8?
 
 # %% tags=["exercise"]
 def my_cache(T, B, n_kv_heads):
@@ -1013,7 +1013,7 @@ exercises.check("0.3", my_weights)
 #
 # **0.4 The cache cannot slide** *(experiment; middle; 15 minutes)* Fill a cache with the first 64 of 65 characters,
 # drop the oldest key and value in each layer, and feed the last character. Compare the logits with those of the model on
-# the last 64 characters. Why do they differ, apart from the positions?
+# the last 64 characters. Besides the positions, what else differs?
 
 # %% tags=["exercise"]
 def my_slide(tokens):
@@ -1030,8 +1030,8 @@ exercises.check("0.4", my_slide, model)
 #
 # </details>
 #
-# **0.5 Whose fault is the blind start?** *(experiment; middle; 15 minutes)* Predict each of `n` characters from the 64 before
-# it, and take the mean loss; the first of them is the first character of the stream that has 64 before it. For `n = 6400`, compare with the loss of the same
+# **0.5 What causes the blind start?** *(experiment; middle; 15 minutes)* Predict each of `n` characters from the 64 before
+# it, and take the mean loss; the first of them is the first character of the stream that has 64 before it. For `n = 6400`, 256 windows at a time, compare with the loss of the same
 # characters in windows side by side, `training.token_losses(model, corpus.valid[: n + 65], batch_size=1,
 # segment_len=64)[0, 63 : n + 63].mean()`. What is gained, and what does it cost?
 

@@ -2022,8 +2022,8 @@ exercises.check("1.6", BiasAttention)
 #
 # **1.7 Let the gradient through** *(experiment; hard; 40 minutes)* The model of two layers with `M = 16` cannot answer the first half of
 # the echo. Is it the stopped gradient? Copy the class `TransformerXL` as `Through`, without `detach`. When the
-# check is content, train it on the echo in a loop of your own, with one update for every *two* segments on the sum of
-# their losses, and detach the memory after each update. Compare with a `TransformerXL` trained by the very same loop:
+# check is content, train it on the echo in a loop of your own, with one update for every *two* segments on the mean of
+# their losses, 1,000 updates in all, and detach the memory after each update. Compare with a `TransformerXL` trained by the very same loop:
 # anything else would compare the numbers of updates.
 
 # %% tags=["exercise"]
@@ -2035,7 +2035,7 @@ exercises.check("1.7", my_model)
 # <details><summary>Hint</summary>
 #
 # `training.train` calls `backward` after each segment, and the second call would fail: its graph leads into the first segment, which is
-# gone. Add two losses, call `backward` once, and give it time: 1,000 updates.
+# gone. Add two losses, halve the sum, and call `backward` once.
 #
 # </details>
 

@@ -141,17 +141,17 @@ exercises.check("0.4", my_slide, model)
 # `one_more` takes the number of cached tokens, 63, for the new position, but the last cached key stands
 # at 63 already: two tokens claim one place. And from the second layer on, the kept keys were computed
 # from states that had *seen* the character that was dropped. The first fault needs other positions (chapter
-# 1). The second is none: it is how a memory of states reaches further than its length.
+# 1). The second is no fault: it is how a memory of states reaches further than its length.
 
 # %% [markdown]
-# ## 0.5 Whose fault is the blind start?
+# ## 0.5 What causes the blind start?
 
 # %% tags=["exercise"]
 @torch.inference_mode()
 def my_sliding(model, stream, n):
     windows = stream[: n + 63].unfold(0, 64, 1).to(device)  # (n, 64), one step apart
-    logits = model(windows)[0][:, -1]  # (n, vocab_size)
-    return F.cross_entropy(logits, stream[64 : n + 64].to(device)).item()
+    last = [model(some)[0][:, -1] for some in windows.split(256)]  # (256, vocab_size)
+    return F.cross_entropy(torch.cat(last), stream[64 : n + 64].to(device)).item()
 
 
 exercises.check("0.5", my_sliding, model, corpus.valid)
