@@ -63,6 +63,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import memtx_minimal
 from memtx_minimal import (
     bands, corpora, exercises, figures, inputs, measure, tasks, training,
 )  # fmt: skip
@@ -1266,6 +1267,27 @@ assert on_recall[0] > on_recall[3]
 # Within the segment the newest buckets get less. That is the mask, and the dotted line has it too: a late key is
 # hidden from all queries before it, and only the last few see the newest bucket.
 #
+# Look for yourself, in a model that was trained for longer and comes with the package (see the book's page on trained weights). Its three zones hold 64
+# states each, and a compressed one stands for four characters: a tray under four of them. Point at a character, or step to one with the arrow
+# keys.
+
+# %%
+trained, vocab = memtx_minimal.load("compressive_transformer")
+text = vocab.encode(corpus.vocab.decode(corpus.valid))
+figures.explorer({"Compressive": measure.reads(trained, text[:300], 64)}, vocab)
+
+# %%
+lanes = corpora.lanes(text, 16, 64)
+some = [pair for _, pair in zip(range(60), lanes)]
+by_zone = attention_by_bucket(trained.to(device), some, 3)  # (L, 3)
+figures.table(
+    f"Share of attention, trained longer ({corpus.name})",
+    ["", *ZONES],
+    [[f"layer {n + 1}", *(f"{x:.2f}" for x in row)] for n, row in enumerate(by_zone)],
+)
+assert torch.allclose(by_zone.sum(dim=1), torch.ones(len(by_zone)), atol=1e-3)
+
+# %% [markdown]
 # ### Whether it is used: change its content
 #
 # Attention mass is not use. A slot may be looked at for nothing, because the weights have to go somewhere. So

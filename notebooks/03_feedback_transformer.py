@@ -61,6 +61,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import memtx_minimal
 from memtx_minimal import (
     bands, corpora, exercises, figures, inputs, measure, tasks, training,
 )  # fmt: skip
@@ -908,6 +909,21 @@ assert by_age[:, 0].mean() > 2 / T and by_age[:, 16:].mean() < 1 / T
 # stands out. It is the only one that knows the letter before, and through its own attention it has
 # read all the others.
 #
+# Look for yourself, in a model that was trained for longer and comes with the package (see the book's page on trained weights). Point at a
+# character, or step to one with the arrow keys. Below are the weights with which it mixes its layers into a memory vector.
+
+# %%
+trained, vocab = memtx_minimal.load("feedback_transformer")  # on the CPU
+text = vocab.encode(corpus.vocab.decode(corpus.valid[:300]))
+figures.explorer({"Feedback": measure.reads(trained, text)}, vocab)
+
+# %%
+mixture = trained.memory.layer_weights.softmax(dim=0).tolist()
+names = ["embedding", *(f"layer {n}" for n in range(1, len(mixture)))]
+rows = [[f"{weight:.2f}" for weight in mixture]]
+figures.table("The learned mixture, trained longer", names, rows)
+
+# %% [markdown]
 # Attention is not use. What is *needed* shows when it is taken away: `mem_len` may be lowered at any
 # time, and the model then sees the latest vectors only.
 
