@@ -110,11 +110,15 @@ def test_places_that_a_text_names(text, groups):
     assert (match and match.groups()) == groups
 
 
-def test_an_exercise_leads_to_its_solution():
+@pytest.mark.parametrize("written", ["as a list", "in bold"])
+def test_an_exercise_leads_to_its_solution(written):
     tree = new_document("page")
     items = [nodes.list_item("", nodes.paragraph("", f"Do {n}.")) for n in (1, 2, 3)]
-    exercises = nodes.enumerated_list("", *items)
-    tree += nodes.section("", nodes.title("", "1.8 Exercises"), exercises)
+    exercises = [nodes.enumerated_list("", *items)]
+    if written == "in bold":
+        exercises = [nodes.paragraph("", "", nodes.strong("", f"{n}."), nodes.Text(" Do."))
+                     for n in (1, 2, 3)]  # fmt: skip
+    tree += nodes.section("", nodes.title("", "1.8 Exercises"), *exercises)
     for n in (1, 3):
         html = f"<details><summary>Solution {n}</summary>"
         tree[0] += nodes.raw("", html, format="html")

@@ -260,6 +260,22 @@ class Cite(Domain):
         pass
 
 
+def exercises(tree):
+    """(number, paragraph) of each exercise: of items of a list, or of paragraphs that
+    begin with a number in bold."""
+    for section in tree.findall(nodes.section):
+        if not section.next_node(nodes.title).astext().endswith("Exercises"):
+            continue
+        for child in section.children:
+            if isinstance(child, nodes.enumerated_list):
+                for number, item in enumerate(child.children, child.get("start", 1)):
+                    last = [n for n in item.children if isinstance(n, nodes.paragraph)][-1]
+                    yield str(number), last
+            elif isinstance(child, nodes.paragraph) and isinstance(child[0], nodes.strong):
+                if number := re.match(r"\d+", child[0].astext()):
+                    yield number[0], child
+
+
 def link_solutions(tree):
     """Each exercise leads to its solution, where there is one on the page. Returns the id
     of the first."""
@@ -270,16 +286,10 @@ def link_solutions(tree):
             found[match[2]] = raw
             raw.rawsource = text = pattern.sub(r'<details id="solution-\2"><summary>\1</summary>', raw.astext())
             raw.children = [nodes.Text(text)]
-    for section in tree.findall(nodes.section):
-        lists = [n for n in section.children if isinstance(n, nodes.enumerated_list)]
-        if not section.next_node(nodes.title).astext().endswith("Exercises"):
-            continue
-        for one in lists:
-            for number, item in enumerate(one.children, one.get("start", 1)):
-                if str(number) in found:
-                    link = nodes.reference("", "Solution", internal=True, refuri=f"#solution-{number}")
-                    last = [n for n in item.children if isinstance(n, nodes.paragraph)][-1]
-                    last += [nodes.Text(" "), nodes.inline("", "", link, classes=["solution"])]
+    for number, paragraph in exercises(tree):
+        if number in found:
+            link = nodes.reference("", "Solution", internal=True, refuri=f"#solution-{number}")
+            paragraph += [nodes.Text(" "), nodes.inline("", "", link, classes=["solution"])]
     return next((f"#solution-{number}" for number in found), None)
 
 

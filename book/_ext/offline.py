@@ -18,9 +18,9 @@ MATHJAX = [
     "input/tex/extensions/ams",
     "input/tex/extensions/newcommand",
     "output/svg",
-    "output/svg/fonts/tex",
     "a11y/assistive-mml",
 ]
+ALSO = ["startup", "output/svg/fonts/tex"]  # the one that loads, and what output/svg loads itself
 
 # The theme's: a browser refuses such preloads to a page that is opened from a folder.
 PRELOAD = re.compile(r'<link rel="preload" as="font"[^>]*>\r?\n?')
@@ -44,7 +44,7 @@ def ask_for_mathjax(app, config):
 
 def copy_mathjax(app):
     source = files("sphinx-mathjax-offline") / "static" / "mathjax"
-    for part in ["startup", *MATHJAX]:
+    for part in [*ALSO, *MATHJAX]:
         target = Path(app.outdir) / "_static" / "mathjax" / f"{part}.js"
         target.parent.mkdir(parents=True, exist_ok=True)
         copyfile(source / f"{part}.js", target)
