@@ -9,6 +9,7 @@ import hashlib
 import html
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,17 @@ def stage():
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("_build", "__pycache__"))
     shutil.copytree(ROOT / "notebooks", STAGE / "notebooks", ignore=shutil.ignore_patterns(".*", "*.py"))
     shutil.copytree(ROOT / "memtx_minimal", STAGE / "memtx_minimal", ignore=lambda _, names: [n for n in names if not n.endswith(".py")])
+    front(STAGE)
     return [STAGE / "notebooks" / f"{name}.ipynb" for name in sync.notebooks(STAGE)]
+
+
+def front(stage):
+    """book/intro.md becomes index.md, since the address of the book is that of its front page."""
+    intro = stage / "book" / "intro.md"
+    text = sync.read(intro)
+    text = re.sub(r"\]\((?!\.\./|https?:|#)", "](book/", text).replace("](../", "](")
+    sync.write(stage / "index.md", text)
+    intro.unlink()
 
 
 def player(gif, still):

@@ -68,7 +68,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(html):
-    """The address of the book on a server, as in `f"{site}/book/intro.html"`."""
+    """The address of the book on a server, as in `f"{site}/index.html"`."""
     handler = functools.partial(Quiet, directory=html)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
