@@ -27,8 +27,9 @@ function unfold() {
 }
 
 // What has to be scrolled can be reached with the keyboard.
+const SCROLLS = "div.math, .pst-scrollable-table-container, .output.text_html";
 function reach() {
-  for (const box of document.querySelectorAll("div.math, .scrolls")) {
+  for (const box of document.querySelectorAll(SCROLLS)) {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
   }
@@ -38,6 +39,6 @@ document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("figure.player").forEach(addPlayer);
   window.addEventListener("hashchange", unfold);
   const watch = new ResizeObserver(reach);
-  document.querySelectorAll("article, div.math, .scrolls").forEach((box) => watch.observe(box));
+  document.querySelectorAll(`article, ${SCROLLS}`).forEach((box) => watch.observe(box));
   if (location.hash) unfold();
 });

@@ -48,9 +48,7 @@ function show(query) {
   const list = document.createElement("ul");
   for (const one of found.slice(0, MOST)) {
     const item = document.createElement("li"), link = document.createElement("a");
-    const first = one.words.find((word) => one.text.toLowerCase().includes(word));
-    // The browser goes on from the section to the word, where it knows how.
-    link.href = one.address + (first ? `:~:text=${encodeURIComponent(first).replaceAll("-", "%2D")}` : "");
+    link.href = one.address;
     link.textContent = one.heading;
     item.append(link);
     if (one.heading !== one.page) item.append(` in ${one.page}`);
