@@ -110,6 +110,23 @@ RUN_AXE = """() => axe.run({ exclude: ["mjx-container"] }, { resultTypes: ["viol
     (node) => `${fault.id} (${fault.impact}): ${node.html.slice(0, 160)}`)))"""
 
 
+def watch(page):
+    """A list to which is added whatever goes wrong on a page."""
+    faults = []
+    page.on("pageerror", lambda error: faults.append(f"error: {error}"))
+    page.on(
+        "console",
+        lambda said: said.type in ("error", "warning")
+        and faults.append(f"{said.type}: {said.text} {said.location.get('url', '')}"),
+    )
+    page.on("requestfailed", lambda r: faults.append(f"failed: {r.url} {r.failure}"))
+    page.on(
+        "response",
+        lambda r: r.status >= 400 and faults.append(f"status {r.status}: {r.url}"),
+    )
+    return faults
+
+
 def wide(page):
     return page.evaluate(WIDE)
 

@@ -50,10 +50,8 @@ def test_a_fault_is_found(sound, folder, fault):
 
 
 def test_what_goes_wrong_on_a_page_is_seen(browser, site):
-    from conftest import watch
-
     page = browser.new_page()
-    faults = watch(page)
+    faults = checks.watch(page)
     page.goto(f"{site}/index.html")
     assert not faults
     page.evaluate("console.error('oh'); setTimeout(() => { throw new Error('ah') })")
