@@ -9,11 +9,12 @@ help:  ## list these commands
 book: $(READY)  ## run every notebook live, training included, and render the book from what came out
 	$(BIN)/python book/build.py --live
 
-test: $(READY)  ## run the tests, every notebook, the strict book build and the page checks
+test: $(READY)  ## run the tests, every notebook, the strict book build, and read the book in a browser
 	@# The tests and the notebooks side by side, in two processes of one thread: faster than two threads for each.
-	printf '%s\n' tests notebooks/*.ipynb notebooks/solutions/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest -p no:cacheprovider --nbval-lax --nbval-current-env
+	printf '%s\n' tests notebooks/*.ipynb notebooks/solutions/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/pytest -p no:cacheprovider --nbval-lax --nbval-current-env --ignore=tests/browser
 	$(BIN)/python book/build.py --strict
 	$(BIN)/python tests/check_pages.py book/_build/html
+	$(BIN)/pytest -p no:cacheprovider -rs tests/browser
 
 handouts: $(READY)  ## teachers: notebooks for students, with blanks, and filled in, in book/_build/handouts
 	$(BIN)/python book/handouts.py
@@ -30,6 +31,9 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 site: $(READY)  ## render the book from the committed outputs, without running anything
 	$(BIN)/python book/build.py
 	$(BIN)/python tests/check_pages.py book/_build/html
+
+pdf: site  ## make one PDF of the book, book/_build/book.pdf (needs Chromium)
+	$(BIN)/python book/pdf.py
 
 sync: $(READY)  ## authors: refresh mirrored cells, notebook pairs and everything made from the repository's address
 	$(BIN)/python book/sync.py $(TAKE:%=--take %)
@@ -60,5 +64,5 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.PHONY: help book test handouts figures kit lab site sync refresh record bench lock clean
+.PHONY: help book test handouts figures kit lab site pdf sync refresh record bench lock clean
 .DELETE_ON_ERROR:

@@ -48,18 +48,21 @@ def show(figure, alt):
     display(Image(png(figure), format="png", alt=alt, width=width))
 
 
-def show_animation(figures, alt, seconds=1.2):
-    """Display figures of equal size as one looping GIF, `seconds` a frame."""
+def show_animation(figures, alt, seconds=1.2, still=-1):
+    """Display figures of equal size as one looping GIF, `seconds` a frame, and figure
+    number `still` below it: GitHub, print and readers who want no motion get that."""
     width = int(figures[0].get_figwidth() * 100)
+    pictures = [png(figure) for figure in figures]
     frames = [
-        Picture.open(io.BytesIO(png(f))).convert("P", palette=Picture.Palette.ADAPTIVE, colors=32)
-        for f in figures
+        Picture.open(io.BytesIO(p)).convert("P", palette=Picture.Palette.ADAPTIVE, colors=32)
+        for p in pictures
     ]
     buffer = io.BytesIO()
     frames[0].save(
         buffer, format="gif", save_all=True, append_images=frames[1:], duration=int(1000 * seconds), loop=0, optimize=True,
     )  # fmt: skip
     display(Image(buffer.getvalue(), format="gif", alt=alt, width=width))
+    display(Image(pictures[still], format="png", alt=alt, width=width))
 
 
 def curves(axes, x, ys, *, xlabel, ylabel, marker=None):

@@ -515,13 +515,14 @@ assert torch.allclose(by_hand, one @ v, atol=1e-6)
 #
 # $$
 # m_{i,j}^{(r)} = \begin{cases}
-# -\infty & \text{if } j \notin \mathcal P_i^{(r)} \text{ (another bucket, neither the chunk nor the one before, the future),} \\
+# -\infty & \text{if } j \notin \mathcal P_i^{(r)} , \\
 # -10^5 & \text{if } i = j , \\
 # -\log N_{i,j} & \text{otherwise.}
 # \end{cases}
 # $$
 #
-# The next function builds it. To know $N_{i,j}$ it looks up, for each pair of the sorted chunks, what the *other* rounds say about it.
+# The first line holds for another bucket, for a chunk that is neither the query's nor the one before it, and for the future. The next
+# function builds all three. To know $N_{i,j}$ it looks up, for each pair of the sorted chunks, what the *other* rounds say about it.
 
 # %% tags=["from-module"]
 def round_mask(r, q, buckets, order, chunk, settings):
@@ -766,12 +767,14 @@ for T in (16, 50):
 #
 # $$
 # \begin{aligned}
-# y_1 &= x_1 + \text{Attention}(x_2) , & \quad y_2 &= x_2 + \text{FeedForward}(y_1) , \\
-# x_2 &= y_2 - \text{FeedForward}(y_1) , & \quad x_1 &= y_1 - \text{Attention}(x_2) .
+# y_1 &= x_1 + \text{Attention}(x_2) , \\
+# y_2 &= x_2 + \text{FeedForward}(y_1) , \\
+# x_2 &= y_2 - \text{FeedForward}(y_1) , \\
+# x_1 &= y_1 - \text{Attention}(x_2) .
 # \end{aligned}
 # $$
 #
-# The second line undoes the first. Seen block by block it is simpler still: one stream is read, the other gets something added, and they
+# The last two lines undo the first two. Seen block by block it is simpler still: one stream is read, the other gets something added, and they
 # change roles. From here on $y$ stands for what leaves *one block*,
 #
 # $$

@@ -133,6 +133,20 @@ def test_animation_has_all_its_frames(shown):
     assert (gif.format, gif.n_frames, gif.info["duration"], gif.info["loop"]) == ("GIF", 3, 500, 0)
 
 
+def test_an_animation_has_a_still_beside_it(shown):
+    def drawn():
+        for n in range(3):
+            figure, axes = plt.subplots(figsize=(2, 2))
+            axes.plot([0, n])
+            yield figure
+
+    figures.show_animation(list(drawn()), "a line that rises")
+    figures.show_animation(list(drawn()), "a line that rises", still=1)
+    expected = [figures.png(figure) for figure in drawn()]
+    assert [shown[1].data, shown[3].data] == [expected[2], expected[1]]
+    assert shown[1].alt == shown[0].alt == "a line that rises"
+
+
 def test_a_table_has_its_caption_and_every_cell(shown):
     figures.table("the caption", ["model", "loss"], [["a", 1], ["b", "2.50"]])
     html = shown[0].data

@@ -140,6 +140,9 @@ def test_a_notebook_is_edited_as_its_script(monkeypatch):
     context = {"header_buttons": [{"label": "source-buttons", "buttons": [edit]}]}
     sharing.edit_the_script(None, "1", "page.html", context, None)
     assert edit["url"] == f"{REAL}/edit/main/notebooks/1.py"
+    edit["url"] = f"{REAL}/edit/main/index.md"
+    sharing.edit_the_script(None, "index", "page.html", context, None)
+    assert edit["url"] == f"{REAL}/edit/main/book/intro.md"
 
 
 @pytest.mark.parametrize("book", ["placeholder", "real"])

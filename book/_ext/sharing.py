@@ -80,11 +80,12 @@ def add_tags(app, pagename, templatename, context, doctree):
 
 
 def edit_the_script(app, pagename, templatename, context, doctree):
-    """A notebook is edited as its .py: JSON is not for people."""
+    """A notebook is edited as its .py: JSON is not for people. The front page is book/intro.md."""
     for button in context.get("header_buttons", []):
         for one in [button, *button.get("buttons", [])]:
             if one.get("label") == "source-edit-button":
-                one["url"] = one["url"].replace(".ipynb", ".py")
+                url = one["url"].replace(".ipynb", ".py")
+                one["url"] = re.sub(r"/index\.md$", "/book/intro.md", url)
                 one["text"] = one["tooltip"] = "Edit this page"
 
 

@@ -7,26 +7,13 @@ missing the tests are skipped and say which.
 
 import functools
 import http.server
-import os
-import shutil
 import threading
-from pathlib import Path
 
+import checks
+import pdf
 import pytest
 
-HTML = Path(__file__).resolve().parents[2] / "book/_build/html"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# No host but this machine can be reached, and Chromium asks none by itself.
-FLAGS = [
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-    "--disable-gpu",
-    "--no-first-run",
-    "--force-color-profile=srgb",
-]
+HTML = pdf.BUILD / "html"
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +21,10 @@ def browser():
     """Chromium, started once for the tests of a file."""
     reason = "no Playwright: pip install -r requirements.txt"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    path = os.environ.get("MEMTX_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), "")
-    if not path:
+    if not (path := pdf.chromium()):
         pytest.skip("no Chromium: apt-get install chromium, or name one in MEMTX_CHROMIUM")
-    # Its sandbox refuses root, who runs the tests in containers.
-    sandbox = not hasattr(os, "geteuid") or os.geteuid() != 0
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(
-            executable_path=path, args=FLAGS, chromium_sandbox=sandbox
-        )
+        chromium = pdf.launch(driver, path)
         yield chromium
         chromium.close()
 
@@ -78,29 +60,12 @@ def site(html):
         thread.join()
 
 
-def watch(page):
-    """A list to which is added whatever goes wrong on a page."""
-    faults = []
-    page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-    page.on(
-        "console",
-        lambda said: said.type in ("error", "warning")
-        and faults.append(f"{said.type}: {said.text} {said.location.get('url', '')}"),
-    )
-    page.on("requestfailed", lambda r: faults.append(f"failed: {r.url} {r.failure}"))
-    page.on(
-        "response",
-        lambda r: r.status >= 400 and faults.append(f"status {r.status}: {r.url}"),
-    )
-    return faults
-
-
 @pytest.fixture
 def page(browser):
     """An empty page, 1280 x 800 px. The test fails if anything went wrong on it."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
-    faults = watch(page)
+    faults = checks.watch(page)
     yield page
     context.close()
     assert not faults

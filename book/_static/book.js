@@ -1,0 +1,44 @@
+// What the pages of the book do by themselves. Without it they can be read all the same.
+
+// A moving picture: a still, and a button that puts the animation in its place and back.
+function addPlayer(figure) {
+  const picture = figure.querySelector("img");
+  const still = picture.src;
+  const button = document.createElement("button");
+  button.type = "button";
+  function set(moving) {
+    picture.src = moving ? figure.dataset.animation : still;
+    button.textContent = moving ? "\u25a0 Stop" : "\u25b6 Play";
+    button.setAttribute("aria-pressed", moving);
+  }
+  button.addEventListener("click", () => set(picture.src === still));
+  window.addEventListener("beforeprint", () => set(false));
+  set(false);
+  figure.append(button);
+}
+
+// A link into something folded unfolds it.
+function unfold() {
+  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  for (let at = target; at; at = at.parentElement?.closest("details")) {
+    if (at.tagName === "DETAILS") at.open = true;
+  }
+  if (target) target.scrollIntoView();
+}
+
+// What has to be scrolled can be reached with the keyboard.
+const SCROLLS = "div.math, .pst-scrollable-table-container, .output.text_html";
+function reach() {
+  for (const box of document.querySelectorAll(SCROLLS)) {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll("figure.player").forEach(addPlayer);
+  window.addEventListener("hashchange", unfold);
+  const watch = new ResizeObserver(reach);
+  document.querySelectorAll(`article, ${SCROLLS}`).forEach((box) => watch.observe(box));
+  if (location.hash) unfold();
+});
