@@ -44,6 +44,9 @@ refresh: $(READY)  ## authors: run the notebooks and keep their outputs in place
 record: $(READY)  ## authors: record five seeds of what a notebook claims, such as NAME=01_ablation; without NAME, all that no longer fit the code
 	$(BIN)/python book/record.py $(NAME) $(SEEDS:%=--seeds %)
 
+weights: $(READY)  ## authors: list the commands that trained memtx_minimal/weights, one line each (it does not run them)
+	@$(BIN)/python book/weights.py
+
 bench: $(READY)  ## authors: measure the figures of tests/benchmarks, side by side with public packages
 	$(BIN)/python tests/benchmarks/run.py
 
@@ -64,5 +67,5 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.PHONY: help book test handouts figures kit lab site pdf sync refresh record bench lock clean
+.PHONY: help book test handouts figures kit lab site pdf sync refresh record weights bench lock clean
 .DELETE_ON_ERROR:
