@@ -790,7 +790,7 @@ assert held == 2 * L * T * d * 4
 
 # %% [markdown]
 # For this small model that is little. In a large one, with long texts and many users, the cache is
-# often larger than the weights (exercise 2). How much time does it save? Take a model with a longer window
+# often larger than the weights (exercise 0.2). How much time does it save? Take a model with a longer window
 # (untrained: weights do not change the time), and measure the time for *one more* character after `n`.
 
 # %%
@@ -837,7 +837,7 @@ figures.show(
 # ## 0.8 What does it not remember?
 #
 # And when the window is full? The cache cannot help. Its keys carry the positions at which they were
-# computed. Drop the oldest, and each of the others carries a position that is one too high (exercise 4). The model
+# computed. Drop the oldest, and each of the others carries a position that is one too high (exercise 0.4). The model
 # can only start again, with a new window or with the last `T` characters moved to the front.
 #
 # So look at what starting afresh costs. Here is the validation loss at each position, one window after the

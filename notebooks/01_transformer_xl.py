@@ -1174,7 +1174,7 @@ assert exchanged.max() < 0.25
 # a memory of 16. A state in memory could have picked
 # up, in layer 1, what stood 16 tokens before it, and handed it to layer 2. It has not learned to. Within
 # the segment nothing calls for it, and the gradient stops at the memory, so nothing tells the older segment what
-# the newer one will need. **Reach is what a model can feel, not what it has learned to use.** Exercise 5
+# the newer one will need. **Reach is what a model can feel, not what it has learned to use.** Exercise 1.7
 # lets the gradient through.
 
 # %% [markdown]

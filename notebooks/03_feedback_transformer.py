@@ -1048,7 +1048,7 @@ impatient_band.check(impatient, margin=0.1)
 # %% [markdown]
 # With short games first, about as many swaps teach the whole game; with long ones, the first few moves.
 # That is not the length of the games alone. Long games also mean fewer updates, 160 in place of 670, and here
-# they got a lower rate, 3e-3 where most lessons have 1e-2. Exercise 3 gives them more updates.
+# they got a lower rate, 3e-3 where most lessons have 1e-2.
 #
 # The other aid of the paper is to train a parallel transformer first, and to copy its weights. It is
 # meant for models that take days to train, and we leave it out.
@@ -1258,7 +1258,7 @@ for n, h in held.items():
 # bottom layer's input.
 # - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase
 # family (co-written by an author of this paper) hand states back once a block, so that a block stays
-# parallel. Exercise 5 builds the simplest of them.
+# parallel. Exercise 3.6 builds the simplest of them.
 # - **Strictly sequential training** did not last. On hardware that thrives on large matrix products, its
 # price is what you measured above; linear recurrences, such as state space models, gave up
 # expressive power to get rid of it.

@@ -685,7 +685,7 @@ figures.show(
 # What makes the error keep falling is counting each key once. Without $N_{i,j}$ a key's weight is multiplied by the number of rounds that find
 # it, and near keys are found more often, so with ever more rounds the result goes to something else than exact attention. The comparison of buckets saves no time in this
 # code, and costs accuracy: whoever looks at any bucket sees more keys. (Later code leads with one round for that reason.) These are artificial
-# vectors in tight clusters, though; exercise 2 asks the trained model.
+# vectors in tight clusters, though; exercise 4.2 asks the trained model.
 #
 # ### What it costs: $O(T \log T)$
 #
@@ -1660,7 +1660,7 @@ assert abs(causal_loss - chunked_loss) < 0.02
 
 # %% [markdown]
 # Not one earlier logit moves, and the loss is almost the same. The price is that chunks are no longer of one length: every bucket
-# has a last chunk that is not full, and the even blocks that made hashing fast are gone. Exercise 4 goes on from here.
+# has a last chunk that is not full, and the even blocks that made hashing fast are gone. Exercise 4.4 goes on from here.
 #
 # ## 4.11 Departures from the paper
 #

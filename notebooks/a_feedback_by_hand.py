@@ -912,7 +912,7 @@ assert f + b > f_fast + b_fast and k > 3 * k_fast
 # %% [markdown]
 # Both directions gain. The forward pass gains no less, though nothing is put off there: the plain loop spends
 # much of its time on the overhead of many small operations, modules and autograd's bookkeeping included. What
-# the blocks add to that, exercise 4 shows. The bytes:
+# the blocks add to that, exercise A.4 shows. The bytes:
 # the plain loop keeps, at each step, all keys and values that the step saw; the fast one keeps each once. What
 # still grows with the square of the length are the attention weights, as in chapter 3.
 #
