@@ -37,7 +37,7 @@ def copy_committed(to):
     """What is committed, and nothing else: no .venv, no outputs of a build."""
     command = ["git", "archive", "--format=tar", "HEAD"]
     done = subprocess.run(command, cwd=sync.ROOT, capture_output=True, check=True)
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+    with tarfile.open(fileobj=io.BytesIO(done.stdout), encoding="utf-8") as archive:
         archive.extractall(to, **SAFE)
 
 

@@ -132,6 +132,7 @@ def test_what_sync_cannot_settle_makes_a_refresh_fail(monkeypatch, capsys):
     answers = iter([([], []), ([], ["settle this"])])
     monkeypatch.setattr(sync, "sync", lambda: next(answers))
     monkeypatch.setattr(sync, "notebooks", list)
+    monkeypatch.setattr(sync, "solutions", list)
     monkeypatch.setattr(sys, "argv", ["execute.py"])
     with pytest.raises(SystemExit, match="True"):
         execute.main()

@@ -62,5 +62,5 @@ def test_the_start_points_pip_and_the_notebooks_at_the_folder(tmp_path):
         "lab site:\n\t@echo $@ $(PIP_NO_INDEX) $(PIP_FIND_LINKS) $(MEMTX_DATA_DIR)\n", "utf-8"
     )
     for words, target in ([], "lab"), (["site"], "site"):
-        done = subprocess.run(["sh", folder / "start.sh", *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(["sh", folder / "start.sh", *words], capture_output=True, text=True, encoding="utf-8", check=True)
         assert done.stdout.split() == [target, "1", str(folder / "wheels"), str(folder / "data")]

@@ -136,4 +136,4 @@ def test_make_lists_the_commands(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["weights.py"])
     weights.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [json.loads((FOLDER / f"{n}.json").read_text())["command"] for n in NAMES]
+    assert lines == [json.loads((FOLDER / f"{n}.json").read_text(encoding="utf-8"))["command"] for n in NAMES]
