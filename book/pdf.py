@@ -173,23 +173,25 @@ def print_book(folder, whole, path):
     from playwright.sync_api import sync_playwright
 
     merged = folder / "whole.html"
+    numbers, pdf = {}, b""
     with sync_playwright() as driver:
         browser = launch(driver, path)
         page = browser.new_page()
         page.set_default_timeout(300_000)
-        numbers, pdf = {}, b""
-        for _ in range(2):
-            sync.write(merged, merge(folder, whole, numbers))
-            page.goto(merged.as_uri())
-            page.evaluate("window.MathJax && MathJax.startup.promise.then(() => 0)")
-            page.wait_for_function("[...document.images].every((image) => image.complete)")
-            pdf = page.pdf(
-                prefer_css_page_size=True, print_background=True, outline=True, tagged=True,
-                display_header_footer=True, header_template="<span></span>", footer_template=FOOTER,
-            )  # fmt: skip
-            numbers = page_numbers(pdf)
-        browser.close()
-    merged.unlink()
+        try:
+            for _ in range(2):
+                sync.write(merged, merge(folder, whole, numbers))
+                page.goto(merged.as_uri())
+                page.evaluate("window.MathJax && MathJax.startup.promise.then(() => 0)")
+                page.wait_for_function("[...document.images].every((image) => image.complete)")
+                pdf = page.pdf(
+                    prefer_css_page_size=True, print_background=True, outline=True, tagged=True,
+                    display_header_footer=True, header_template="<span></span>", footer_template=FOOTER,
+                )  # fmt: skip
+                numbers = page_numbers(pdf)
+        finally:
+            merged.unlink()
+            browser.close()
     return pdf
 
 
