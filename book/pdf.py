@@ -38,15 +38,16 @@ FOOTER = (
 STYLE = """
 body { background: #fff; }
 .page { break-before: page; }
+.bd-main .bd-content .bd-article h1:first-of-type { display: block; }
 .title { text-align: center; padding-top: 6cm; }
 .title p { font-size: 13pt; }
-nav.contents { break-before: page; }
-nav.contents ul { list-style: none; padding-left: 0; }
-nav.contents ul ul { padding-left: 1.5em; }
-nav.contents li > a { display: flex; text-decoration: none; color: inherit; }
-nav.contents li > a > .number { margin-left: auto; padding-left: 1em; }
-nav.contents > ul > li { margin-top: 0.6em; font-weight: 600; }
-nav.contents ul ul { font-weight: 400; }
+nav.whole { break-before: page; }
+nav.whole ul { list-style: none; padding-left: 0; }
+nav.whole ul ul { padding-left: 1.5em; }
+nav.whole li > a { display: flex; text-decoration: none; color: inherit; }
+nav.whole li > a > .number { margin-left: auto; padding-left: 1em; }
+nav.whole > ul > li { margin-top: 0.6em; font-weight: 600; }
+nav.whole ul ul { font-weight: 400; }
 """
 
 
@@ -119,7 +120,7 @@ def contents(articles, numbers):
         inner = "".join(f"<li>{line(h.parent['id'], h.get_text())}</li>" for h in sections)
         title = line(text["id"], text.find("h1").get_text())
         lines.append(f"<li>{title}{f'<ul>{inner}</ul>' if inner else ''}</li>")
-    return f'<nav class="contents"><h1>Contents</h1><ul>{"".join(lines)}</ul></nav>'
+    return f'<nav class="whole"><h1>Contents</h1><ul>{"".join(lines)}</ul></nav>'
 
 
 def merge(folder, whole, numbers=()):
