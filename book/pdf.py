@@ -38,15 +38,16 @@ FOOTER = (
 STYLE = """
 body { background: #fff; }
 .page { break-before: page; }
+.bd-main .bd-content .bd-article h1:first-of-type { display: block; }
 .title { text-align: center; padding-top: 6cm; }
 .title p { font-size: 13pt; }
-nav.contents { break-before: page; }
-nav.contents ul { list-style: none; padding-left: 0; }
-nav.contents ul ul { padding-left: 1.5em; }
-nav.contents li > a { display: flex; text-decoration: none; color: inherit; }
-nav.contents li > a > .number { margin-left: auto; padding-left: 1em; }
-nav.contents > ul > li { margin-top: 0.6em; font-weight: 600; }
-nav.contents ul ul { font-weight: 400; }
+nav.whole { break-before: page; }
+nav.whole ul { list-style: none; padding-left: 0; }
+nav.whole ul ul { padding-left: 1.5em; }
+nav.whole li > a { display: flex; text-decoration: none; color: inherit; }
+nav.whole li > a > .number { margin-left: auto; padding-left: 1em; }
+nav.whole > ul > li { margin-top: 0.6em; font-weight: 600; }
+nav.whole ul ul { font-weight: 400; }
 """
 
 
@@ -119,7 +120,7 @@ def contents(articles, numbers):
         inner = "".join(f"<li>{line(h.parent['id'], h.get_text())}</li>" for h in sections)
         title = line(text["id"], text.find("h1").get_text())
         lines.append(f"<li>{title}{f'<ul>{inner}</ul>' if inner else ''}</li>")
-    return f'<nav class="contents"><h1>Contents</h1><ul>{"".join(lines)}</ul></nav>'
+    return f'<nav class="whole"><h1>Contents</h1><ul>{"".join(lines)}</ul></nav>'
 
 
 def merge(folder, whole, numbers=()):
@@ -173,23 +174,25 @@ def print_book(folder, whole, path):
     from playwright.sync_api import sync_playwright
 
     merged = folder / "whole.html"
+    numbers, pdf = {}, b""
     with sync_playwright() as driver:
         browser = launch(driver, path)
         page = browser.new_page()
         page.set_default_timeout(300_000)
-        numbers, pdf = {}, b""
-        for _ in range(2):
-            sync.write(merged, merge(folder, whole, numbers))
-            page.goto(merged.as_uri())
-            page.evaluate("window.MathJax && MathJax.startup.promise.then(() => 0)")
-            page.wait_for_function("[...document.images].every((image) => image.complete)")
-            pdf = page.pdf(
-                prefer_css_page_size=True, print_background=True, outline=True, tagged=True,
-                display_header_footer=True, header_template="<span></span>", footer_template=FOOTER,
-            )  # fmt: skip
-            numbers = page_numbers(pdf)
-        browser.close()
-    merged.unlink()
+        try:
+            for _ in range(2):
+                sync.write(merged, merge(folder, whole, numbers))
+                page.goto(merged.as_uri())
+                page.evaluate("window.MathJax && MathJax.startup.promise.then(() => 0)")
+                page.wait_for_function("[...document.images].every((image) => image.complete)")
+                pdf = page.pdf(
+                    prefer_css_page_size=True, print_background=True, outline=True, tagged=True,
+                    display_header_footer=True, header_template="<span></span>", footer_template=FOOTER,
+                )  # fmt: skip
+                numbers = page_numbers(pdf)
+        finally:
+            merged.unlink()
+            browser.close()
     return pdf
 
 

@@ -105,7 +105,7 @@ THIN = """() => {
   }
 }"""
 
-RUN_AXE = """() => axe.run({ exclude: ["mjx-container"] }, { resultTypes: ["violations"] })
+RUN_AXE = """() => axe.run({ exclude: ["mjx-container"] }, { resultTypes: ["violations"], preload: false })
   .then((found) => found.violations.flatMap((fault) => fault.nodes.map(
     (node) => `${fault.id} (${fault.impact}): ${node.html.slice(0, 160)}`)))"""
 

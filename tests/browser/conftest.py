@@ -65,6 +65,7 @@ def page(browser):
     """An empty page, 1280 x 800 px. The test fails if anything went wrong on it."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
+    page.set_default_timeout(120_000)  # other programs may be busy
     faults = checks.watch(page)
     yield page
     context.close()
