@@ -108,7 +108,7 @@ print(seconds)
     away = {"MEMTX_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "MEMTX_DATA_DIR"} | away
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8"
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1 and not list(tmp_path.iterdir())

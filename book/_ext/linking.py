@@ -261,52 +261,40 @@ class Cite(Domain):
 
 
 def exercises(tree):
-    """(number, paragraph) of each exercise: of items of a list, or of paragraphs that
-    begin with a number in bold."""
+    """The paragraphs with which exercises begin: their number and title in bold."""
     for section in tree.findall(nodes.section):
-        if not section.next_node(nodes.title).astext().endswith("Exercises"):
-            continue
-        for child in section.children:
-            if isinstance(child, nodes.enumerated_list):
-                for number, item in enumerate(child.children, child.get("start", 1)):
-                    last = [n for n in item.children if isinstance(n, nodes.paragraph)][-1]
-                    yield str(number), last
-            elif isinstance(child, nodes.paragraph) and isinstance(child[0], nodes.strong):
-                if number := re.match(r"\d+", child[0].astext()):
-                    yield number[0], child
+        if section.next_node(nodes.title).astext().endswith("Exercises"):
+            for child in section.children:
+                if isinstance(child, nodes.paragraph) and isinstance(child[0], nodes.strong):
+                    if re.match(r"(\d|[A-Z])\.\d", child[0].astext()):
+                        yield child
 
 
-def link_solutions(tree):
-    """Each exercise leads to its solution, where there is one on the page. Returns the id
-    of the first."""
-    pattern = re.compile(r"<details><summary>([^<]*[Ss]olution[^<]*?(\d+)[^<]*)</summary>")
-    found = {}
-    for raw in tree.findall(nodes.raw):
-        if match := pattern.search(raw.astext()):
-            found[match[2]] = raw
-            raw.rawsource = text = pattern.sub(r'<details id="solution-\2"><summary>\1</summary>', raw.astext())
-            raw.children = [nodes.Text(text)]
-    for number, paragraph in exercises(tree):
-        if number in found:
-            link = nodes.reference("", "Solution", internal=True, refuri=f"#solution-{number}")
-            paragraph += [nodes.Text(" "), nodes.inline("", "", link, classes=["solution"])]
-    return next((f"#solution-{number}" for number in found), None)
+def link_solutions(tree, address):
+    """Each exercise leads to the heading of the same words on the page of solutions."""
+    for paragraph in exercises(tree):
+        uri = f"{address}#{nodes.make_id(paragraph[0].astext())}"
+        link = nodes.reference("", "Solution", internal=True, refuri=uri)
+        paragraph += [nodes.Text(" "), nodes.inline("", "", link, classes=["solution"])]
 
 
 def name_the_parts(app, tree, page):
     """Above a chapter: its exercises, solutions and files."""
-    solution = link_solutions(tree)
-    if not page.startswith("notebooks/"):
+    name = page.removeprefix("notebooks/")
+    if page == name or name.startswith("solutions/"):
         return
     links = []
     for section in tree.findall(nodes.section):
         if section.next_node(nodes.title).astext().endswith("Exercises"):
             links.append(("exercises", f"#{section['ids'][0]}"))
-    if solution:
-        links.append(("solutions", solution))
-    code = app.builder.get_relative_uri(page, CODE)
-    for module in sync.chapter_modules(Path(app.srcdir), page.removeprefix("notebooks/")):
-        links.append((module.name, f"{code}#{nodes.make_id(module.name)}"))
+    if (solutions := f"notebooks/solutions/{name}") in app.env.found_docs:
+        address = app.builder.get_relative_uri(page, solutions)
+        link_solutions(tree, address)
+        links.append(("solutions", address))
+    if CODE in app.env.found_docs:
+        code = app.builder.get_relative_uri(page, CODE)
+        for module in sync.chapter_modules(Path(app.srcdir), name):
+            links.append((module.name, f"{code}#{nodes.make_id(module.name)}"))
     line = nodes.paragraph(classes=["parts"])
     line += nodes.Text("In this chapter: ")
     for name, uri in links:
