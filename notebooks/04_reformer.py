@@ -1119,6 +1119,13 @@ figures.table(
     [*(f"{n} round{'s' * (n > 1)}" for n in rounds if n), "exact attention"],
     [[f"{loss:.3f}" for loss in rounds.values()]],
 )
+if corpus.name == "Tiny Shakespeare":  # which it has learned
+    assert rounds[1] > rounds[2] + 0.1 and rounds[2] > rounds[8] + 0.02
+    assert abs(rounds[8] - rounds[0]) < 0.02
+
+# %% [markdown]
+# This one does win something back: with 8 rounds it is as good as with exact attention, which it was not trained with. And the plain local
+# window?
 
 # %%
 def through_a_window(model, evaluate):
@@ -1136,9 +1143,9 @@ print(f"trained with 2 rounds, read through a local window: {local:.3f}")
 assert local < live["2 rounds"] + 0.02
 
 # %% [markdown]
-# Here hashing costs: with each halving of the rounds the loss rises, and a model that was trained with few rounds gets hardly any of it back by
-# being evaluated with many. The paper's advice to train with few rounds and evaluate with more comes from tasks like the next one; on this
-# text it does not hold.
+# Here hashing costs: with each halving of the rounds the loss rises. After our short training a model that was trained with few rounds gets hardly any of it back by
+# being evaluated with many; after the longer one it does. The paper's advice to train with few rounds and evaluate with more comes from tasks like
+# the next one.
 #
 # And look at the local window. It does not search, and yet it does better than every other model, exact attention included, at least after
 # 250 steps; and the model that was trained with two rounds reads as well through such a window as by hashing. So this text cannot show what
