@@ -586,3 +586,72 @@ def check_rounds(add_rounds):
         why = "are all rounds brought to one largest score?"
         raise AssertionError(f"off by {(mine - right).abs().max():.1e}: {why}")
     print("right")
+
+
+# ---------------------------------------------------------------- chapter 5
+
+
+def check_tokens(my_tokens):
+    """Chapter 5, exercise 1: my_tokens(space, L, d_model) -> {name: tokens}."""
+    for space, L, d_model in [(2**14, 2, 64), (2**30, 12, 512), (10**6, 3, 40)]:
+        numbers = space // 4
+        slots = numbers // (L * d_model)
+        right = {
+            "sliding window": numbers // (2 * L * d_model),
+            "Transformer-XL": slots,
+            "Compressive": 5 * (slots // 8 * 4),
+            "Feedback": numbers // (2 * d_model),
+        }
+        mine = my_tokens(space, L, d_model)
+        for name, n in right.items():
+            if mine.get(name) != n:
+                sizes = f"{space} bytes, {L} layers, d_model {d_model}"
+                raise AssertionError(f"{name}, {sizes}: {mine.get(name)}, not {n}")
+    print("right")
+
+
+def check_depth(my_depth):
+    """Chapter 5, exercise 2: my_depth(c) -> layers."""
+    for c in (1, 3, 4, 8):
+        right = next(L for L in range(1, 99) if 2 * L / (1 + c) > 2)
+        if my_depth(c) != right:
+            why = "2 L / (1 + c) numbers of d_model a token, against 2"
+            raise AssertionError(f"c = {c}: {my_depth(c)}, not {right}: {why}")
+    print("right")
+
+
+def check_ties(my_ties):
+    """Chapter 5, exercise 3: my_ties({name: losses}) -> a set of names."""
+    losses = {"a": [2.0, 2.1, 2.3], "b": [2.2, 2.4, 2.4], "c": [2.31, 2.4, 2.5]}
+    for values, right in [
+        (losses, {"a", "b"}), ({"c": losses["c"], "a": losses["a"]}, {"a"}),
+        (losses | {"d": [1.0, 3.0, 3.5]}, {"a", "b", "d"}),
+    ]:  # fmt: skip
+        mine = set(my_ties(values))
+        if mine != right:
+            raise AssertionError(f"{values}: {sorted(right)} tie, not {sorted(mine)}")
+    print("right")
+
+
+def check_reach(my_reach):
+    """Chapter 5, exercise 4: my_reach(read, tokens) -> an age."""
+    table = random(64, 5)
+    for reach in (0, 1, 7, 15):
+        read = lambda tokens, n=reach: table[tokens[:, -1 - n :]].sum(dim=1)
+        tokens = torch.randint(64, (1, 16), generator=torch.Generator().manual_seed(0))
+        mine = my_reach(read, tokens)
+        if mine != reach:
+            raise AssertionError(f"a model that reads back to age {reach}: {mine}")
+    print("right")
+
+
+def check_crossing(my_crossing, operations):
+    """Chapter 5, exercise 5: my_crossing(operations, d_model) -> tokens."""
+    for d_model in (64, 512):
+        sizes, n = dict(L=2, d_model=d_model, d_ff=4 * d_model), 64
+        while operations("Reformer", n, **sizes) >= operations("vanilla", n, **sizes):
+            n *= 2
+        mine = my_crossing(operations, d_model)
+        if mine != n:
+            raise AssertionError(f"d_model = {d_model}: {mine} tokens, not {n}")
+    print("right")

@@ -521,3 +521,69 @@ def test_twice():
     exercises.check_twice(4 + 2 * (4 + 2 * 2 + 4 * 2), 4, 2, 4, 2, 2, 2)
     with pytest.raises(AssertionError, match="28 tokens are felt, .* is 36"):
         exercises.check_twice(28, 4, 2, 4, 2, 2, 2)
+
+
+def my_tokens(space, L, d_model, halves=2):
+    numbers = space // 4
+    slots = numbers // (L * d_model)
+    half = slots // halves // 4 * 4
+    return {
+        "sliding window": numbers // (2 * L * d_model), "Transformer-XL": slots,
+        "Compressive": half + 4 * half, "Feedback": numbers // (2 * d_model),
+    }  # fmt: skip
+
+
+def test_tokens():
+    exercises.check_tokens(my_tokens)
+    with pytest.raises(AssertionError, match="Compressive, 16384 bytes, 2 layers, d_model 64: 160, not 80"):
+        exercises.check_tokens(partial(my_tokens, halves=1))
+    with pytest.raises(AssertionError, match="Feedback, .*: None"):
+        exercises.check_tokens(lambda *sizes: my_tokens(*sizes) | {"Feedback": None})
+
+
+def test_depth():
+    exercises.check_depth(lambda c: c + 2)
+    with pytest.raises(AssertionError, match="c = 1: 2, not 3"):
+        exercises.check_depth(lambda c: c + 1)
+
+
+def my_ties(values, middle=lambda losses: sum(losses) / len(losses)):
+    best = min(values, key=lambda name: middle(values[name]))
+    return {name for name in values if min(values[name]) <= max(values[best])}
+
+
+def test_ties():
+    exercises.check_ties(my_ties)
+    with pytest.raises(AssertionError, match=r"\['a', 'b', 'd'\] tie, not \['a', 'b', 'c', 'd'\]"):
+        exercises.check_ties(partial(my_ties, middle=min))
+    with pytest.raises(AssertionError, match=r"\['a', 'b'\] tie, not \['a'\]"):
+        exercises.check_ties(lambda values: {"a"})
+
+
+def my_reach(read, tokens, first=0):
+    before, N = read(tokens), tokens.size(1)
+    for place in range(first, N):
+        changed = tokens.clone()
+        changed[0, place] = 1 - changed[0, place].clamp(max=1)
+        if not torch.equal(read(changed), before):
+            return N - 1 - place
+
+
+def test_reach():
+    exercises.check_reach(my_reach)
+    with pytest.raises(AssertionError, match="back to age 15: 14"):
+        exercises.check_reach(partial(my_reach, first=1))
+
+
+def test_crossing():
+    operations = lambda name, n, L, d_model, d_ff: n * d_model if name == "vanilla" else 50_000
+
+    def my_crossing(operations, d_model, n=64):
+        sizes = dict(L=2, d_model=d_model, d_ff=4 * d_model)
+        while operations("Reformer", n, **sizes) >= operations("vanilla", n, **sizes):
+            n *= 2
+        return n
+
+    exercises.check_crossing(my_crossing, operations)
+    with pytest.raises(AssertionError, match="d_model = 512: 1024 tokens, not 128"):
+        exercises.check_crossing(lambda *_: my_crossing(operations, 64), operations)
