@@ -411,7 +411,7 @@ if text_band.seeds:
     for name in MODELS:
         curve = text_band.values[f"{name}, context"].mean(axis=0)  # of 1, 2 ... 64
         if name not in REREAD:
-            assert curve[3] < curve[0] - 0.3 and abs(curve[-1] - curve[4]) < 0.1
+            assert curve[3] < curve[0] - 0.2 and abs(curve[-1] - curve[4]) < 0.1
         assert curve.min() > curve[-1] - 0.2
 
 # %% [markdown]
@@ -499,7 +499,7 @@ if text_band.seeds:
     assert high("Feedback") < low("vanilla")
 
 # %% [markdown]
-# Now Feedback, among the best at equal tokens, is behind vanilla: it has read less than a third as much. The
+# Now Feedback, well ahead of vanilla at equal tokens, is behind it: it has read less than a third as much. The
 # sliding window and Transformer-XL, whose steps are cheap, stay ahead. On another machine the ratios differ, on
 # a GPU above all, where what must wait gains nothing.
 #
@@ -1164,8 +1164,8 @@ assert taken == ["Feedback", "Compressive", "Feedback", "Reformer", "Reformer"]
 # If you must *train* such a model on much text, section 5.4 is the price. And if your texts are short, a few
 # hundred tokens, none of this is worth it: take vanilla. It trains fastest at 100 tokens, and everything in its
 # window is exact.
-
-
+#
+#
 
 # %% [markdown]
 # ## 5.10 What this chapter does not show
