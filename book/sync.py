@@ -192,6 +192,7 @@ def readme_badges(home, names):
 MODULES = {  # chapters whose code stands in more than the one file that is named like the notebook
     "attention": ["vanilla_transformer"],
     "feedback_by_hand": ["fast_feedback"],
+    "which_memory": [],  # teaches no new model
 }
 CELLS = {"badges": badges, "colab-install": colab_install}
 PICTURES = {"readme-figure": "readme.png", "front-figure": "answers.png"}  # by the tag of the cell that shows it

@@ -924,6 +924,8 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # - **Reformer** (chapter 4) leaves the memory and makes the window long. Each token looks only at the few
 # others that hashing finds to be alike.
 #
+# Which of them to take for what, chapter 5 says, where all of them run side by side.
+#
 # ### The letters of this book
 #
 # | letter | meaning | letter | meaning |
