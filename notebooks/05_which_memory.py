@@ -1189,18 +1189,34 @@ assert taken == ["Feedback", "Compressive", "Feedback", "Reformer", "Reformer"]
 # Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
 # case that fails, what was expected and what came. All [solutions](solutions/05_which_memory.ipynb), worked out in words and code.
 #
-# **5.1 What fits?** *(derive; easy; 10 minutes)* How many tokens of the past fit into `space` bytes, at four bytes a number? For the
+# **5.1 Side by side?** *(predict; easy; 5 minutes)* In training, does a model compute all tokens of a segment side by side, layer by layer? Write True or
+# False.
+
+# %% tags=["exercise"]
+my_answers = {
+    "vanilla": ..., "Transformer-XL": ..., "Compressive": ..., "Feedback": ...,
+    "Reformer": ...,
+}  # fmt: skip
+
+exercises.check("5.1", my_answers)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# What does layer 1 of token 10 have to wait for?
+#
+# </details>
+#
+# **5.2 What fits?** *(derive; easy; 10 minutes)* How many tokens of the past fit into `space` bytes, at four bytes a number? For the
 # Compressive Transformer take `M = C`, rate 4, both lengths multiples of 4; Feedback keeps keys and values.
 
 # %% tags=["exercise"]
 def my_tokens(space, L, d_model):
-    """A number for each of these."""
-    return {
-        "sliding window": ..., "Transformer-XL": ..., "Compressive": ..., "Feedback": ...,
-    }  # fmt: skip
+    """{"sliding window": a number, "Transformer-XL": one, "Compressive", "Feedback"}"""
+    return ...
 
 
-exercises.check("5.1", my_tokens)
+exercises.check("5.2", my_tokens)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -1209,7 +1225,7 @@ exercises.check("5.1", my_tokens)
 #
 # </details>
 #
-# **5.2 How deep?** *(derive; easy; 10 minutes)* A Compressive Transformer with `M = C` and rate `c`, and a Feedback Transformer that
+# **5.3 How deep?** *(derive; easy; 10 minutes)* A Compressive Transformer with `M = C` and rate `c`, and a Feedback Transformer that
 # keeps keys and values, cover the same tokens. From how many layers on does Feedback hold fewer numbers?
 
 # %% tags=["exercise"]
@@ -1218,7 +1234,7 @@ def my_depth(c):
     return ...
 
 
-exercises.check("5.2", my_depth)
+exercises.check("5.3", my_depth)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -1227,7 +1243,7 @@ exercises.check("5.2", my_depth)
 #
 # </details>
 #
-# **5.3 Who ties?** *(read a band; middle; 15 minutes)* Which models cannot be told from the best? Say: those whose span of seeds overlaps the
+# **5.4 Who ties?** *(read a band; middle; 15 minutes)* Which models cannot be told from the best? Say: those whose span of seeds overlaps the
 # span of the model with the lowest mean. Then: who ties in the race of tokens, who in that of minutes?
 
 # %% tags=["exercise"]
@@ -1236,7 +1252,7 @@ def my_ties(values):
     return ...
 
 
-exercises.check("5.3", my_ties)
+exercises.check("5.4", my_ties)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -1245,7 +1261,7 @@ exercises.check("5.3", my_ties)
 #
 # </details>
 #
-# **5.4 How far back?** *(build; middle; 20 minutes)* `read` takes tokens `(1, N)` and gives logits after the last one, `(1, vocab_size)`. Find the
+# **5.5 How far back?** *(build; middle; 20 minutes)* `read` takes tokens `(1, N)` and gives logits after the last one, `(1, vocab_size)`. Find the
 # age of the oldest token whose change changes them; the last token has age 0. Then try it on the models of this chapter. Which reach
 # further than their state is long, and why?
 
@@ -1255,7 +1271,7 @@ def my_reach(read, tokens):
     return ...
 
 
-exercises.check("5.4", my_reach)
+exercises.check("5.5", my_reach)
 
 # %% [markdown]
 # <details><summary>Hint</summary>
@@ -1264,7 +1280,7 @@ exercises.check("5.4", my_reach)
 #
 # </details>
 #
-# **5.5 Where they cross** *(experiment; hard; 15 minutes)* Hashing replaces `K` scores a query by `2 * w * P`, but Reformer projects less, hashes,
+# **5.6 Where they cross** *(experiment; hard; 15 minutes)* Hashing replaces `K` scores a query by `2 * w * P`, but Reformer projects less, hashes,
 # and has two streams. With `operations` of section 5.8: at which of 64, 128, 256, ... tokens does Reformer (`w = 32`, two rounds, two
 # layers, `d_ff = 4 * d_model`) first take fewer operations than vanilla? Compare with the crossing of the *times* in section 5.7. What does
 # counting leave out?
@@ -1275,7 +1291,7 @@ def my_crossing(operations, d_model):
     return ...
 
 
-exercises.check("5.5", my_crossing, operations)
+exercises.check("5.6", my_crossing, operations)
 
 # %% [markdown]
 # <details><summary>Hint</summary>

@@ -68,7 +68,7 @@ def known(name):
         "model": vanilla_transformer.VanillaTransformer(10, **sizes).eval(),
         "corpus": SimpleNamespace(valid=torch.randint(10, (200,))),
         "tiny": FeedbackTransformer(10, **sizes, mem_len=6).double(),
-        "own": 1.7, "none": 1.9,
+        "own": 1.7, "none": 1.9, "operations": None,
     }  # fmt: skip
 
 
@@ -499,3 +499,13 @@ def test_pair():
         ((("a", 0), (0, 0)), "whole numbers"),
     ]:
         refused("B.2", wrong, why=why)
+
+
+def test_the_crossing_and_the_reach_of_chapter_5():
+    quadratic = lambda name, n, L, d_model, d_ff: n * d_model if name == "vanilla" else 50_000
+    refused("5.6", lambda operations, d_model: 128, quadratic, why="d_model = 64: 1024 tokens, not 128")
+    refused("5.6", lambda operations, d_model: 512, quadratic, why="still needs more")
+    reach = lambda read, tokens: 3
+    refused("5.5", reach, why="reads back to age 0 it says 3")
+    refused("5.5", lambda read, tokens: 1, why="the last token has age 0")
+    refused("5.5", 3, why="the function itself")

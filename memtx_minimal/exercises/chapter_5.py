@@ -2,9 +2,23 @@
 
 import torch
 
-from memtx_minimal.exercises.core import call, compare, exercise, fail, kind
+from memtx_minimal.exercises.core import (
+    call, choices, compare, exercise, fail, kind,
+)  # fmt: skip
 
-# ---------------------------------------------------------------- 5.1: what fits
+# ---------------------------------------------------------------- 5.1: in turn
+
+
+waits = "each step reads the memory vector of the step before, in every layer"
+at_once = "within a segment, keys and values of all tokens are known layer by layer"
+names = ["vanilla", "Transformer-XL", "Compressive", "Feedback", "Reformer"]
+choices(
+    "5.1",
+    right={name: name != "Feedback" for name in names},
+    why={name: waits if name == "Feedback" else at_once for name in names},
+)
+
+# ---------------------------------------------------------------- 5.2: what fits
 
 
 def tokens(space, L, d_model, per_number=4, both=2, rate=4, layers=None):
@@ -20,7 +34,7 @@ def tokens(space, L, d_model, per_number=4, both=2, rate=4, layers=None):
 
 
 compare(
-    "5.1",
+    "5.2",
     right=tokens,
     cases=[(2**14, 2, 64), (2**30, 12, 512), (10**6, 3, 40)],
     mistakes={
@@ -33,11 +47,11 @@ compare(
     },
 )
 
-# ---------------------------------------------------------------- 5.2: how deep
+# ---------------------------------------------------------------- 5.3: how deep
 
 
 compare(
-    "5.2",
+    "5.3",
     right=lambda c: c + 2,
     cases=[(1,), (3,), (4,), (8,)],
     mistakes={
@@ -47,7 +61,7 @@ compare(
     },
 )
 
-# ---------------------------------------------------------------- 5.3: who ties
+# ---------------------------------------------------------------- 5.4: who ties
 
 
 def mean(losses):
@@ -61,7 +75,7 @@ def ties(values, middle=mean, reach=max):
 
 some = {"a": [2.0, 2.1, 2.3], "b": [2.2, 2.4, 2.4], "c": [2.31, 2.4, 2.5]}
 compare(
-    "5.3",
+    "5.4",
     right=ties,
     cases=[
         (some,),
@@ -81,10 +95,10 @@ compare(
     },
 )
 
-# ---------------------------------------------------------------- 5.4: how far back
+# ---------------------------------------------------------------- 5.5: how far back
 
 
-@exercise("5.4")
+@exercise("5.5")
 def check_reach(mine):
     """mine(read, tokens) -> the age of the oldest token that is felt."""
     if not callable(mine):
@@ -105,19 +119,19 @@ def check_reach(mine):
             fail(words)
 
 
-# ---------------------------------------------------------------- 5.5: the crossing
+# ---------------------------------------------------------------- 5.6: the crossing
 
 
-@exercise("5.5")
+@exercise("5.6")
 def check_crossing(mine, operations):
     """mine(operations, d_model) -> the shortest window at which Reformer needs less."""
     if not callable(mine):
         fail(f"hand in the function itself, not what it returns: this is {kind(mine)}")
     for d_model in (64, 512):
+        found = call(mine, (operations, d_model), copied=False)
         sizes, n = dict(L=2, d_model=d_model, d_ff=4 * d_model), 64
         while operations("Reformer", n, **sizes) >= operations("vanilla", n, **sizes):
             n *= 2
-        found = call(mine, (operations, d_model), copied=False)
         if found != n:
             words = f"d_model = {d_model}: {n} tokens, not {found}"
             if found == n // 2:

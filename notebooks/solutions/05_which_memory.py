@@ -40,7 +40,20 @@ import torch
 from memtx_minimal import bands, exercises
 
 # %% [markdown]
-# ## 5.1 What fits?
+# ## 5.1 Side by side?
+#
+# All but one. A Feedback step reads, in its first layer already, what the last layer of the step before has found: so it waits.
+
+# %% tags=["exercise"]
+my_answers = {
+    "vanilla": True, "Transformer-XL": True, "Compressive": True, "Feedback": False,
+    "Reformer": True,
+}  # fmt: skip
+
+exercises.check("5.1", my_answers)
+
+# %% [markdown]
+# ## 5.2 What fits?
 
 # %% tags=["exercise"]
 def my_tokens(space, L, d_model):
@@ -55,10 +68,10 @@ def my_tokens(space, L, d_model):
     }
 
 
-exercises.check("5.1", my_tokens)
+exercises.check("5.2", my_tokens)
 
 # %% [markdown]
-# ## 5.2 How deep?
+# ## 5.3 How deep?
 #
 # To cover $n$ tokens, the Compressive Transformer has $M = C = n / (1 + c)$, and holds $2\,L\,d\,n / (1 + c)$
 # numbers, with $d$ for `d_model`. Feedback holds $2\,d\,n$. That is fewer if $L > 1 + c$:
@@ -68,10 +81,10 @@ def my_depth(c):
     return c + 2
 
 
-exercises.check("5.2", my_depth)
+exercises.check("5.3", my_depth)
 
 # %% [markdown]
-# ## 5.3 Who ties?
+# ## 5.4 Who ties?
 
 # %% tags=["exercise"]
 def my_ties(values):
@@ -79,7 +92,7 @@ def my_ties(values):
     return {name for name in values if min(values[name]) <= max(values[best])}
 
 
-exercises.check("5.3", my_ties)
+exercises.check("5.4", my_ties)
 
 # %%
 band = bands.load("05_text_scores", "Tiny Shakespeare").values
@@ -94,7 +107,7 @@ for race in ("", ", minutes"):
 # Overlap is a careful rule: spans of five seeds that do not touch are a difference, those that touch may still be one.
 
 # %% [markdown]
-# ## 5.4 How far back?
+# ## 5.5 How far back?
 
 # %% tags=["exercise"]
 def my_reach(read, tokens):
@@ -106,7 +119,7 @@ def my_reach(read, tokens):
             return N - 1 - place
 
 
-exercises.check("5.4", my_reach)
+exercises.check("5.5", my_reach)
 
 # %% [markdown]
 # Transformer-XL, the window and the Compressive Transformer reach further than their states: a layer's states
@@ -114,7 +127,7 @@ exercises.check("5.4", my_reach)
 # and Reformer end with their text.
 
 # %% [markdown]
-# ## 5.5 Where they cross
+# ## 5.6 Where they cross
 
 # %% tags=["exercise"]
 def my_crossing(operations, d_model):
@@ -130,7 +143,7 @@ def pretended(name, n, L, d_model, d_ff):
     return L * n * d_model * (n if name == "vanilla" else 4 * d_model)
 
 
-exercises.check("5.5", my_crossing, pretended)
+exercises.check("5.6", my_crossing, pretended)
 
 # %% [markdown]
 # With the chapter's own counts, time crosses later than counting says. Sorting, gathering and masks are no products of matrices and are not
