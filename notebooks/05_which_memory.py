@@ -59,6 +59,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import memtx_minimal
 from memtx_minimal import (
     bands, corpora, exercises, fast_feedback, fast_lsh, figures, measure, tasks,
     training,
@@ -1109,6 +1110,25 @@ figures.show(
 )
 
 # %% [markdown]
+# ### Look inside
+#
+# Numbers apart, what *is* at hand when a character is read? Here the same text is read by three models that were trained for longer and come
+# with the package (the book's page on trained weights). Point at a character, or step to one with the arrow keys. A tray is a slot that the
+# model has: one for each character, or one for four; the bar above says how much of it is read.
+
+# %%
+seen = {}
+for name, weights in {
+    "Transformer-XL": "transformer_xl",
+    "Compressive": "compressive_transformer",
+    "Feedback": "feedback_transformer",
+}.items():
+    reader, vocab = memtx_minimal.load(weights)  # on the CPU
+    text = vocab.encode(corpus.vocab.decode(corpus.valid[:300]))
+    seen[name] = measure.reads(reader, text)
+figures.explorer(seen, vocab)
+
+# %% [markdown]
 # ## 5.9 Decide
 #
 # Each row of this table is computed from a figure above, and the last column says from which. The cell fails if
@@ -1221,7 +1241,7 @@ exercises.check("5.2", my_tokens)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The table of section 5.6 says what each holds of a token. In a Compressive Transformer half of the states stand for four tokens each.
+# The table of section 5.2 says what each holds of a token. In a Compressive Transformer half of the states stand for four tokens each.
 #
 # </details>
 #
