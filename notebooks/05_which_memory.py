@@ -34,7 +34,7 @@
 # **You need** chapter 0, and of chapters 1 to 4 the first page each. Whatever this chapter takes from them is
 # said again in a sentence.
 #
-# **Time and memory.** About 5 minutes and 1 GiB on two CPU cores. The last cell prints what it took on your
+# **Time and memory.** About 3 minutes and 1 GiB on two CPU cores. The last cell prints what it took on your
 # machine.
 
 # %% tags=["colab-install"]
