@@ -69,7 +69,8 @@ def test_both_handouts_of_a_chapter(folder, name):
 
 
 def test_every_chapter_with_exercises_has_blanks():
-    assert {n.split(".")[0] for n in TAUGHT} == {n.split(".")[0] for n in EXERCISES}
+    chapters = {n.split(".")[0] for n in EXERCISES} - {"5"}  # which teaches no new code
+    assert {n.split(".")[0] for n in TAUGHT} == chapters
 
 
 def test_the_filled_one_runs(folder):

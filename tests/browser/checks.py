@@ -119,7 +119,10 @@ def watch(page):
         lambda said: said.type in ("error", "warning")
         and faults.append(f"{said.type}: {said.text} {said.location.get('url', '')}"),
     )
-    page.on("requestfailed", lambda r: faults.append(f"failed: {r.url} {r.failure}"))
+    page.on(  # what the page itself gave up, since it was left, has not failed
+        "requestfailed",
+        lambda r: "ERR_ABORTED" in r.failure or faults.append(f"failed: {r.url} {r.failure}"),
+    )
     page.on(
         "response",
         lambda r: r.status >= 400 and faults.append(f"status {r.status}: {r.url}"),
