@@ -91,12 +91,12 @@ print(vocab.decode(generate(model, vocab.encode("ROMEO:"), 200, temperature=0.8)
 
 They are models of single characters, trained on {corpus}, and they have about the same
 number of parameters. The loss is the mean over the whole validation text, in nats per
-character. A model that has a memory carries it along; the others see one segment at a
-time.
+character; *million read* counts the characters of the training, those read twice too. A
+model that has a memory carries it along; the others see one segment at a time.
 """
 TABLE = """
-| model | loss, nats | bits | parameters | dropout | steps | million characters read | minutes |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| model | nats | parameters | million read | minutes |
+| --- | --- | --- | --- | --- |
 """
 CHOICE = """
 ## How the settings were chosen
@@ -214,8 +214,7 @@ def page():
     parts, share = one["characters"], one["settings"]["holdout"]
     head = HEAD.format(corpus=one["corpus"]["name"])
     rows = [
-        f"| {TITLES[name]} | {info['nats']:.3f} | {info['bits']:.3f} "
-        f"| {info['parameters']:,} | {info['sizes']['dropout']} | {info['steps']:,} "
+        f"| {TITLES[name]} | {info['nats']:.3f} | {info['parameters']:,} "
         f"| {info['read'] / 1e6:.1f} | {info['cpu_minutes']:.0f} |"
         for name, info in infos.items()
     ]

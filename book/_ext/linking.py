@@ -261,19 +261,19 @@ class Cite(Domain):
 
 
 def exercises(tree):
-    """The paragraphs with which exercises begin: their number and title in bold."""
+    """The paragraphs with which exercises begin, and their number and title, in bold."""
     for section in tree.findall(nodes.section):
         if section.next_node(nodes.title).astext().endswith("Exercises"):
             for child in section.children:
-                if isinstance(child, nodes.paragraph) and isinstance(child[0], nodes.strong):
-                    if re.match(r"(\d|[A-Z])\.\d", child[0].astext()):
-                        yield child
+                bold = isinstance(child, nodes.paragraph) and child.next_node(nodes.strong)
+                if bold and re.match(r"(\d|[A-Z])\.\d", child.astext()):
+                    yield child, bold.astext()
 
 
 def link_solutions(tree, address):
     """Each exercise leads to the heading of the same words on the page of solutions."""
-    for paragraph in exercises(tree):
-        uri = f"{address}#{nodes.make_id(paragraph[0].astext())}"
+    for paragraph, words in exercises(tree):
+        uri = f"{address}#{nodes.make_id(words)}"
         link = nodes.reference("", "Solution", internal=True, refuri=uri)
         paragraph += [nodes.Text(" "), nodes.inline("", "", link, classes=["solution"])]
 
