@@ -148,14 +148,10 @@ figures.show_animation(
 )
 
 # %% [markdown]
-# Its last frame, standing still. The states with a dark edge leave next, and become one:
+# The still picture is the last frame. The states with a dark edge leave next, and become one. Twelve slots, six of one token and six of three,
+# reach 24 tokens back:
 
-# %% jupyter={"source_hidden": true} tags=["hide-input"]
-figures.show(
-    frame(9, *frames[9]),
-    "In segment 10, six slots of memory stand for tokens 21 to 26 and six compressed "
-    "slots, three tokens each, for tokens 3 to 20: twelve slots reach 24 tokens back.",
-)
+# %%
 assert [len(slot) for part in frames[9][:2] for slot in part] == 6 * [3] + 6 * [1]
 
 # %% [markdown]
