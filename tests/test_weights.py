@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def test_all_models_and_no_other_file():
 @pytest.fixture(scope="module")
 def valid():
     """The validation text of Tiny Shakespeare; skipped where it cannot be had."""
-    corpus = corpora.tiny_shakespeare()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", corpora.SyntheticTextWarning)
+        corpus = corpora.tiny_shakespeare()
     if corpus.name != "Tiny Shakespeare":
         pytest.skip("Tiny Shakespeare is not here")
     assert all(info["corpus"]["sha256"] == corpus.digest for info in INFOS.values())
