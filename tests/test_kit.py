@@ -54,7 +54,9 @@ def test_without_packages_nothing_is_fetched(asked, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="no shell")
-def test_the_start_points_pip_and_the_notebooks_at_the_folder(tmp_path):
+def test_the_start_points_pip_and_the_notebooks_at_the_folder(monkeypatch, tmp_path):
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # `make test` hands them on: the kit's make would greet
+        monkeypatch.delenv(name, raising=False)
     folder = tmp_path / "kit"
     (folder / "memtx-minimal").mkdir(parents=True)
     (folder / "start.sh").write_text(kit.START, "utf-8")
