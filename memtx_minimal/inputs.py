@@ -15,7 +15,7 @@ LEAST = {  # the smallest valid value of each size, by the name of the argument
     "n_rounds": 0, "piece_len": 1, "max_len": 1, "batch_size": 1, "segment_len": 1,
     "steps": 0, "warmup": 0, "n_tokens": 0, "top_k": 1, "valid_every": 1, "n_cups": 2,
     "length": 4, "n_symbols": 1, "n_characters": 0, "accumulate": 1, "seed": 0,
-    "n_events": 0, "lag": 1,
+    "n_events": 0, "lag": 1, "n_sinks": 0, "n_used": 0, "n_loops": 1,
 }  # fmt: skip
 MAY_BE_NONE = "clamp_len", "top_k", "valid_every"
 
@@ -175,6 +175,16 @@ def checked_memory(memory, empty):
         raise ValueError(f"memory: {form(memory)}; this model has none: pass None")
     if fault := difference(memory, empty):
         raise ValueError(f"memory {fault}; pass what this model returned, or None")
+    return memory
+
+
+def by_layer(memory, n):
+    """The memories of n layers, as a list; where there is none yet, n times None."""
+    if memory is None:
+        return [None] * n
+    if not isinstance(memory, list) or len(memory) != n:
+        fault = f"memory is {form(memory)}, this model's a list of {n}"
+        raise ValueError(f"{fault}; pass what this model returned, or None")
     return memory
 
 
