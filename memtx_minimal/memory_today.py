@@ -200,8 +200,8 @@ class Delta(nn.Module):
         return (k.new_zeros(len(k), *k.shape[2:], k.size(-1)),)
 
     def forward(self, x, q, k, v, memory):
-        parts, wide = [q, k, v, self.gates(x)], torch.promote_types(x.dtype, torch.float)
-        q, k, v, gates = (part.to(wide).transpose(1, 2) for part in parts)
+        four, wide = (q, k, v, self.gates(x)), torch.promote_types(x.dtype, torch.float)
+        q, k, v, gates = (p.to(wide).transpose(1, 2) for p in four)
         alpha, beta = gates.sigmoid().chunk(2, dim=1)  # (B, H, T) each
         q, k, S = F.normalize(q, dim=-1), F.normalize(k, dim=-1), memory[0].to(wide)
         heads, S = chunked_delta_rule(q, k, v, alpha, self.strength * beta, S)
