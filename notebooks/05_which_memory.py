@@ -103,13 +103,13 @@ print(f"PyTorch {torch.__version__} on {device}")
 #
 # No model wins all four, and the choice of the race decides more than the choice of the seed does. Here
 # parameters are equal throughout (but for the costs of section 5.7, compared at equal widths). Text is raced by
-# tokens (section 5.3) and by minutes (5.4), copying and recall at equal bytes of state (5.5). What is learned was
-# learned with five seeds beforehand, in grey, and your own run is drawn on top.
+# tokens (section 5.3) and by minutes (5.4), copying and recall at equal bytes of state (5.5). Each training
+# was run with five seeds beforehand, drawn in grey; your own run is on top.
 #
 # ## 5.2 Six ways to remember
 #
-# - **Vanilla** (chapter 0) sees a window of text and reads it all again whenever something is added. (With a cache it writes like the
-# sliding window, until its window is full.)
+# - **Vanilla** (chapter 0) sees a window of text and reads it all again whenever something is added. (With a cache
+# it writes like the sliding window, until its window is full.)
 # - **Sliding window**: each token attends to a fixed number of latest tokens, whose keys and values are kept in
 # a cache. It is chapter 0's cache, with distances in place of positions (chapter 1), so that it can slide.
 # - **Transformer-XL** keeps the *states* of the latest tokens, layer by layer, and makes keys and values of
@@ -583,7 +583,7 @@ assert copy_band.high("Compressive") < 0.7 * copy_band.low("Transformer-XL")
 # and layer where a cache of keys and values holds two. It pays in time (section 5.7). Feedback holds one vector a
 # token for all layers, and reaches it with room to spare. The Compressive Transformer *reaches* the answer too,
 # but in a state that stands for four tokens, and their mean says little about which came first. Vanilla and
-# Reformer hold all 64 tokens, and yet have not learned the task in 300 steps. They are told at which place of the
+# Reformer hold all 64 tokens, and yet have not fully learned the task in 300 steps. They are told at which place of the
 # window a token stands, not how far away it is; that may be why.
 #
 # ### Recall by age

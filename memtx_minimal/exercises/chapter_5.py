@@ -114,8 +114,8 @@ def check_reach(mine):
         read = lambda tokens, places=places: table[tokens[:, places]].sum(dim=1)
         age = call(mine, (read, text), copied=False)
         if differ(reach, age, 0.0):
-            every = "" if step == 1 else "every other token "
-            words = f"of a model that reads {every}back to age {reach} it says {show(age)}"
+            reads = "reads" if step == 1 else "reads every other token"
+            words = f"of a model that {reads} back to age {reach} it says {show(age)}"
             if step > 1:
                 words += "\nhint: a token that is not felt may have older ones that are"
             elif age == reach + 1:
