@@ -1303,9 +1303,10 @@ exercises.check("5.4", my_ties)
 #
 # </details>
 #
-# **5.5 How far back?** *(build; middle; 20 minutes)* `read` takes tokens `(1, N)` and gives logits after the last
+# **5.5 How far back?** *(build; middle; 30 minutes)* `read` takes tokens `(1, N)` and gives logits after the last
 # one, `(1, vocab_size)`. Find the age of the oldest token whose change changes them; the last token has age 0.
-# Then try it on the models of this chapter. Which reach further than their state is long, and why?
+# Then try it on the models of this chapter, `reader(name, make(name, 10).eval())`, in segments of 16. Which reach
+# further than their state is long, and why?
 
 # %% tags=["exercise"]
 def my_reach(read, tokens):

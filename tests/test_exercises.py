@@ -184,6 +184,7 @@ def test_differences_are_named():
     assert not differ(1, torch.tensor(1), 0) and not differ(0.5, 0.5004, 1e-3)
     assert show(a) == "[[1, 2], [3, nan]]"
     assert show({2, 1}) == "{1, 2}" and show([1, 2]) == "[1, 2]"
+    assert show({"a": a[0].numpy()}) == "{'a': [1, 2]}"
     refused("5.4", lambda values: list(my_ties(values)), why=r"should be \{'a', 'b'\}, and is \['")
     refused("B.1", lambda scores: scores.exp2() / scores.exp2().sum() * math.nan, why="got:      .nan, nan")
 

@@ -342,7 +342,9 @@ def show(value):
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     if isinstance(value, set):
         return f"{{{', '.join(map(show, sorted(value, key=str)))}}}"
-    if isinstance(value, (int, str, dict)):
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{show(k)}: {show(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (int, str)):
         return repr(value)
     if isinstance(value, np.ndarray):
         return show(torch.as_tensor(value))
