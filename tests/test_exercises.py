@@ -182,7 +182,26 @@ def test_differences_are_named():
     assert differ([1, 2], (1, 3), 0) == "number 1: should be 2, and is 3"
     assert differ(1, True, 0) and differ(1, "1", 0) and differ("a", "b", 0)
     assert not differ(1, torch.tensor(1), 0) and not differ(0.5, 0.5004, 1e-3)
-    assert show(a) == "[[1, 2], [3, any]]"
+    assert show(a) == "[[1, 2], [3, nan]]"
+    assert show({2, 1}) == "{1, 2}" and show([1, 2]) == "[1, 2]"
+    assert show({"a": a[0].numpy()}) == "{'a': [1, 2]}"
+    refused("5.4", lambda values: list(my_ties(values)), why=r"should be \{'a', 'b'\}, and is \['")
+    refused("B.1", lambda scores: scores.exp2() / scores.exp2().sum() * math.nan, why="got:      .nan, nan")
+
+
+def test_dots_anywhere_are_no_answer(capsys):
+    for number, *answer in [("B.2", ((1, 0), ...)), ("4.2", [2.3, 2.2, ..., 2.0], [2.3] * 4), ("5.2", dots_inside)]:
+        check(number, *answer)
+        assert capsys.readouterr().out == f"{number}: not answered yet\n"
+
+
+def dots_inside(space, L, d_model):
+    return {"sliding window": 1, "Transformer-XL": ..., "Compressive": ..., "Feedback": ...}
+
+
+def my_ties(values):
+    best = min(values, key=lambda name: values[name].mean())
+    return {name for name in values if values[name].min() <= values[best].max()}
 
 
 # ---------------------------------------------------------------- chapter 1
@@ -259,7 +278,7 @@ def test_through():
     sizes = dict(vocab_size=20, d_model=16, n_heads=2, n_layers=2, d_ff=32, mem_len=4)
     refused("1.7", TransformerXL(**sizes), why="is `detach` gone?")
     refused("1.7", TransformerXL, why="hand in a model")
-    refused("1.7", 3, why="hand in a model, .*, and not a int")
+    refused("1.7", 3, why="hand in a model, .*, and not an int")
 
 
 # ---------------------------------------------------------------- chapter 0
@@ -465,7 +484,9 @@ def test_once():
         (([2.3, 2.2, 2.1, 2.0], [2.4, 2.25, 2.15, 2.05]), "finds no key twice"),
         (([2.3, 2.2, 2.1, 2.0], [2.3, 2.2, 2.1, 2.0]), "switched"),
         (([2.3], [2.3]), "two lists of four"),
-        ((2.3, 2.3), "two lists of four losses.*this is a float"),
+        ((2.3, 2.3), "two lists of four losses.*this is 2.3"),
+        (([2.3, 2.2, 2.1, "2.0"], [2.3] * 4), "a loss is a number; this is '2.0'"),
+        (([math.nan] * 4, [math.nan] * 4), "a loss is a number; this is nan"),
         (([9.0] * 4, [9, 1, 20, 5]), "more than 0.2"),
     ]:
         refused("4.2", *wrong, why=why)
@@ -473,6 +494,7 @@ def test_once():
 
 def test_broken():
     check("4.7", 0.2)
+    check("4.7", torch.tensor(0.2))
     for wrong in (1e-12, 5e9, float("inf")):
         refused("4.7", wrong, why="other numbers are dropped")
     refused("4.7", "20 %", why="a number; this is a str")
@@ -505,7 +527,20 @@ def test_the_crossing_and_the_reach_of_chapter_5():
     quadratic = lambda name, n, L, d_model, d_ff: n * d_model if name == "vanilla" else 50_000
     refused("5.6", lambda operations, d_model: 128, quadratic, why="d_model = 64: 1024 tokens, not 128")
     refused("5.6", lambda operations, d_model: 512, quadratic, why="still needs more")
+    refused("5.6", lambda operations, d_model: "1024", quadratic, why="not '1024'")
     reach = lambda read, tokens: 3
     refused("5.5", reach, why="reads back to age 0 it says 3")
     refused("5.5", lambda read, tokens: 1, why="the last token has age 0")
+    refused("5.5", lambda read, tokens: "0", why="it says '0'")
+    refused("5.5", youngest_first, why="every other token back to age 8 it says 0\nhint: a token that is not felt")
     refused("5.5", 3, why="the function itself")
+    check("5.4", my_ties)
+
+
+def youngest_first(read, tokens):
+    for age in range(tokens.size(1)):
+        changed = tokens.clone()
+        changed[0, -1 - age] = 1 - changed[0, -1 - age].clamp(max=1)
+        if torch.equal(read(changed), read(tokens)):
+            return age - 1
+    return age

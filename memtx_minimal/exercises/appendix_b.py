@@ -125,7 +125,7 @@ def added(tops, totals, outs, share=lambda tops: (tops - tops.amax(dim=0)).exp2(
 
 def rounds(n, seed):
     """What `attend` gives for each of n rounds, and a softmax over all their keys."""
-    scores, values = 3 * random(n, 5, 4, seed=seed), random(n, 4, 2, seed=seed + 1)
+    scores, values = 3 * random(n, 2, 4, seed=seed), random(n, 4, 2, seed=seed + 1)
     tops = list(scores.amax(dim=-1, keepdim=True))
     p = [(s - top).exp2() for s, top in zip(scores, tops)]
     return (

@@ -4,7 +4,9 @@ import math
 
 import torch
 
-from memtx_minimal.exercises.core import compare, exercise, fail, kind, taught
+from memtx_minimal.exercises.core import (
+    compare, exercise, fail, kind, number, show, taught,
+)  # fmt: skip
 from memtx_minimal.reformer import in_set, look_back
 
 
@@ -54,9 +56,10 @@ def check_once(with_N, without_N):
     """Losses with 1, 2, 4 and 8 rounds."""
     for losses in (with_N, without_N):
         if not isinstance(losses, (list, tuple)) or len(losses) != 4:
-            fail(
-                f"two lists of four losses, please; this is {kind(losses)}"
-            )
+            fail(f"two lists of four losses, please; this is {show(losses)}")
+        for loss in losses:
+            if number(loss) is None or not math.isfinite(loss):
+                fail(f"a loss is a number; this is {show(loss)}")
     with_N, without_N = ([float(loss) for loss in x] for x in (with_N, without_N))
     if abs(with_N[0] - without_N[0]) > 1e-4:
         expected = "one round finds no key twice, so nothing changes"
@@ -200,11 +203,12 @@ compare(
 @exercise("4.7")
 def check_broken(relative):
     """How far gradients are off if the random state is not put back."""
-    if isinstance(relative, bool) or not isinstance(relative, (int, float)):
+    if number(relative) is None:
         fail(f"the relative difference, a number; this is {kind(relative)}")
+    relative = float(relative)
     if not 0.01 < relative < 1:
         expected = "other numbers are dropped: an error of some percent"
-        fail(f"{relative:.0e}; where nothing is put back, {expected}")
+        fail(f"{relative:.2g}; where nothing is put back, {expected}")
     return f"{relative:.0%} off"
 
 

@@ -9,6 +9,7 @@ import math
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 
 EXERCISES = {}  # {number, such as "1.3": what judges an answer}
@@ -73,7 +74,8 @@ def by_cases(mine, right, cases, *, mistakes=None, given=None, without=(), atol=
         expected, got = right(*copy.deepcopy(case)), call(mine, case)
         if difference := differ(expected, got, atol):
             words = [f"{name(mine)}({', '.join(map(show, case))}): {difference}"]
-            words += [f"expected: {show(expected)}", f"got:      {show(got)}"]
+            wanted = show(expected).replace("nan", "any")
+            words += [f"expected: {wanted}", f"got:      {show(got)}"]
             fail("\n".join(words + hint(mine, mistakes or {}, case, cases, atol)))
     forbid(mine, without)
 
@@ -173,7 +175,7 @@ def judged(number, answer):
     known = EXERCISES | TAUGHT
     if number not in known:
         raise ValueError(f"no exercise {number!r}: choose from {', '.join(known)}")
-    if any(part is ... for part in answer):
+    if unfinished(answer):
         raise NotAnswered
     try:
         with torch.random.fork_rng(devices=[]):  # what comes after draws as before
@@ -181,6 +183,15 @@ def judged(number, answer):
     except NotRight as error:
         raise NotRight(f"{number}: not right yet\n{error}") from None
     return f"right{': ' + remark if remark else ''}"
+
+
+def unfinished(answer):
+    """Whether dots are left anywhere in an answer."""
+    if isinstance(answer, dict):
+        answer = tuple(answer.values())
+    if isinstance(answer, (tuple, list)):
+        return any(map(unfinished, answer))
+    return answer is ...
 
 
 # ---------------------------------------------------------------- asking the answer
@@ -197,7 +208,7 @@ def call(mine, case, copied=True):
         if isinstance(error, TypeError) and "ellipsis" in str(error):
             raise NotAnswered from None  # x[t] = ...
         raise NotRight(f"{called}\nfails with {in_words(error)}") from None
-    if got is ... or (isinstance(got, (tuple, list)) and any(x is ... for x in got)):
+    if unfinished(got):
         raise NotAnswered
     if got is None:
         fail(f"{called}\nreturns nothing: is there a `return`?")
@@ -257,10 +268,9 @@ def differ(expected, got, atol):
     if isinstance(expected, torch.Tensor):
         return differ_tensors(expected, got, atol)
     if isinstance(expected, (int, float)) and not isinstance(expected, bool):
-        if isinstance(got, torch.Tensor) and got.numel() == 1:
-            got = got.item()
-        if isinstance(got, bool) or not isinstance(got, (int, float)):
+        if number(got) is None:
             return f"should be a number, and is {kind(got)}"
+        got = number(got)
         exact = isinstance(expected, int) and not atol
         same = (
             got == expected
@@ -270,6 +280,14 @@ def differ(expected, got, atol):
         return "" if same else f"should be {show(expected)}, and is {show(got)}"
     same = type(got) is type(expected) and got == expected
     return "" if same else f"should be {show(expected)}, and is {show(got)}"
+
+
+def number(got):
+    """A number, or that of a tensor with one; None for all else."""
+    if isinstance(got, torch.Tensor) and got.numel() == 1:
+        got = got.item()
+    told = isinstance(got, (int, float)) and not isinstance(got, bool)
+    return got if told else None
 
 
 def differ_tensors(expected, got, atol):
@@ -303,7 +321,10 @@ def alike(wrong, mine, case, atol):
 def kind(value):
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)}"
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "nothing"
+    word = type(value).__name__
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def show(value):
@@ -311,7 +332,7 @@ def show(value):
     if isinstance(value, torch.Tensor):
         if value.numel() > 30:
             return f"a tensor {tuple(value.shape)}"
-        return show(value.tolist()).replace("nan", "any")
+        return show(value.tolist())
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, float):
@@ -319,8 +340,12 @@ def show(value):
     if isinstance(value, (tuple, list)):
         inside = ", ".join(map(show, value))
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
-    if isinstance(value, (int, str, set, dict)):
-        return (
-            repr(value) if not isinstance(value, set) else str(sorted(value, key=str))
-        )
+    if isinstance(value, set):
+        return f"{{{', '.join(map(show, sorted(value, key=str)))}}}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{show(k)}: {show(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (int, str)):
+        return repr(value)
+    if isinstance(value, np.ndarray):
+        return show(torch.as_tensor(value))
     return name(value)
