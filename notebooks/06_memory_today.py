@@ -16,8 +16,7 @@
 # # 6. Memory today
 
 # %% [markdown] tags=["badges"]
-# No links to Colab and Kaggle here: the project has no public address yet.
-# To run this notebook, type `make lab` in your copy of the project.
+# badges
 
 # %% [markdown]
 # The four papers of this book are from 2019 and 2020. What became of their ideas? This chapter builds five
@@ -838,6 +837,44 @@ figures.table(
     [recall_row(name) for name in MEMORIES],
 )
 
+# %% [markdown]
+# ## 6.8 Following the ball
+#
+# Chapter 3's other task asks for no looking up. A ball lies under the first of five cups, each token swaps two of
+# them, and after each the model says where the ball is. A vanilla transformer with four layers loses it after a few
+# swaps. Feedback follows it with one layer, but must take one token after the other. And the delta rule?
+#
+# **Why a swap is a reflection.** Let $e_1 \ldots e_5$ be unit vectors at right angles, one for each cup, and
+# $u = (e_a - e_b) / \sqrt{2}$ for a swap of cups $a$ and $b$. The matrix $I - 2 u u^\top$ mirrors space: it turns
+# $u$ into $-u$ and leaves alone what is at right angles to it. What does it do to the cups?
+#
+# $$
+# \begin{aligned}
+# (I - 2 u u^\top)\, e_a &= e_a - (e_a - e_b) = e_b , \\
+# (I - 2 u u^\top)\, e_b &= e_b + (e_a - e_b) = e_a , \\
+# (I - 2 u u^\top)\, e_j &= e_j \quad \text{for all others.}
+# \end{aligned}
+# $$
+#
+# It swaps them. And this matrix is what the delta rule multiplies its state by, $\alpha\,(I - \beta k k^\top)$, with $\alpha
+# = 1$, $k = u$ and $\beta = 2$. But $\beta$ as we had it is at most 1. Along $k$ the state is multiplied by
+# $1 - \beta$; with $\beta \le 1$ that is never negative, and no vector turns into its opposite. So let $\beta$ go up to 2
+# (Grazzi et al., 2024). With the rule itself:
+
+# %%
+E = torch.eye(5)
+u = (E[1] - E[3]) / math.sqrt(2)  # a swap of cups 1 and 3
+nothing, one = torch.zeros(1, 1, 1, 5), torch.ones(1, 1, 1)
+for strength in (1, 2):
+    S = torch.arange(5.0).expand(1, 1, 5, 5)  # column j says j: what lies under cup j
+    _, S = delta_rule(nothing, u.expand(1, 1, 1, 5), nothing, one, strength * one, S)
+    print(f"beta = {strength}: under the cups lie {[round(x, 2) for x in S[0, 0, 0].tolist()]}")
+assert S[0, 0, 0].allclose(torch.tensor([0.0, 3.0, 2.0, 1.0, 4.0]))
+
+# %% [markdown]
+# With 2 the contents are swapped, with 1 they are averaged, and the difference is lost for good. Now the training:
+# one layer, four heads, and lessons from two swaps to 32. The games of the exam have 128.
+
 # %% tags=["band"]
 LESSONS = [(2, 100), (4, 100), (8, 150), (16, 200), (32, 250)]  # swaps in a game, steps
 STRENGTHS = {"up to 1": 1.0, "up to 2": 2.0}
@@ -867,6 +904,133 @@ def followed(model):
 
 def ball_scores(seed):
     return {name: followed(tracker(name, seed)) for name in STRENGTHS}
+
+# %%
+trackers = {name: tracker(name, SEED) for name in STRENGTHS}
+balls = {name: followed(model) for name, model in trackers.items()}
+ball_band = bands.load("06_ball_scores", text=None)
+ball_band.check(balls, margin=0.15)
+feedback = bands.load("03_tracker_scores", text=None).values["Feedback, 1 layer"]
+vanilla = bands.load("03_depth_scores", text=None).values["vanilla, 4"]  # (seeds, 32)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(6.4, 3.8))
+to_32 = [n - 1 for n in COUNTS if n <= 32]
+curves = {
+    "vanilla, 4 layers": (vanilla[:, to_32], dict(color=figures.BLUE, marker="D")),
+    "Feedback, 1 layer": (feedback[:, to_32], dict(color=figures.PINK, marker="o")),
+}
+for name, (values, look) in curves.items():
+    figures.band(axes, COUNTS[:6], values, "_")
+    label = f"{name} (chapter 3)"
+    axes.plot(COUNTS[:6], values.mean(axis=0), label=label, linestyle=":", **look)
+for name, marker in zip(STRENGTHS, "X*"):
+    label = "five recorded seeds" if name == "up to 2" else "_"
+    figures.band(axes, COUNTS, ball_band.values[name], label)
+    look = dict(color="#332288", marker=marker, markersize=8)
+    axes.plot(COUNTS, balls[name], label=f"delta rule, strength {name}", **look)
+axes.axhline(1 / 5, color="black", linewidth=0.8)
+axes.text(1, 0.215, "guessing", fontsize=8)
+axes.axvline(32, color="black", linestyle="--", linewidth=0.8)
+axes.text(33, 0.6, "longest lesson", fontsize=8, rotation=90, va="center")
+axes.set_xscale("log", base=2)
+axes.set_xticks(COUNTS, labels=COUNTS)
+axes.set(xlabel="swaps so far", ylabel="right answers (share)", ylim=(0, 1.05))
+axes.set_title("Where is the ball?")
+axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.22))
+figures.show(
+    figure,
+    "With strength up to 2 one layer of the delta rule is right up to 32 swaps and nine "
+    "times in ten after 128, four times the longest lesson. With strength up to 1 it is "
+    "lost after four swaps, as vanilla with four layers is after eight.",
+)
+
+# %%
+figures.table(
+    "Right answers: this run, and the lowest and highest of five seeds",
+    ["", "8 swaps", "32 swaps", "128 swaps"],
+    [
+        [
+            f"delta rule, strength {name}",
+            *(
+                f"{balls[name][n]:.2f} ({ball_band.low(name)[n]:.2f} to "
+                f"{ball_band.high(name)[n]:.2f})" for n in (3, 5, 7)
+            ),
+        ]
+        for name in STRENGTHS
+    ],
+)  # fmt: skip
+assert ball_band.low("up to 2")[:6].min() > 0.95 and ball_band.low("up to 2")[7] > 0.7
+assert ball_band.high("up to 1")[3:].max() < 0.7
+assert ball_band.high("up to 1")[5] < 0.4 and vanilla[:, 31].max() < 0.4
+assert feedback.min() > 0.95
+
+# %% [markdown]
+# One layer, and all swaps of a chunk at once. Has it learned what we derived? Ask the trained layer: for each of
+# the ten swaps, what are $\beta$ and $k$ in each head? Our vectors $u$ have known angles between them. Two swaps
+# without a common cup are at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. Which unit
+# vectors the model takes for the cups, it may choose; the angles it may not.
+
+# %%
+@torch.no_grad()
+def swaps_of(model):
+    """beta (H, 10) and k (H, 10, d_head) of the ten swaps, in a model of one layer."""
+    layer = model.layers[0]
+    y = layer.norm_attention(model.embedding.weight)  # (10, d_model)
+    k = layer.attention.query_key_value(y).unflatten(-1, (3, 4, -1))[:, 1]
+    beta = layer.remember.gates(y).sigmoid()[:, 4:].T  # (H, 10)
+    return layer.remember.strength * beta, F.normalize(k.transpose(0, 1), dim=-1)
+
+
+pairs = torch.combinations(torch.arange(5))  # (10, 2)
+u = (E[pairs[:, 0]] - E[pairs[:, 1]]) / math.sqrt(2)  # (10, 5)
+derived = (u @ u.T).abs()
+beta, k = (x.cpu() for x in swaps_of(trackers["up to 2"]))
+learned = (k @ k.mT).abs()  # (H, 10, 10)
+off = (learned - derived).abs().mean(dim=(1, 2))  # (H,)
+best = off.argmin().item()
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.4), sharey=True)
+names = [f"{a}{b}" for a, b in pairs.tolist()]
+look = dict(xlabel="swap of cups", ylabel="swap of cups", cmap="Purples", vmin=0, vmax=1)
+figures.matrix(left, derived, title="derived: |u · u|", **look)
+figures.matrix(right, learned[best], title=f"learned: |k · k|, head {best}", **look)
+for axes in (left, right):
+    axes.set_xticks(range(10), labels=names, fontsize=7)
+    axes.set_yticks(range(10), labels=names, fontsize=7)
+right.set_ylabel("")
+figures.show(
+    figure,
+    "Two matrices of ten swaps by ten that look the same: 1 on the diagonal, one half "
+    "where two swaps share a cup, 0 where they do not. On the left as derived, on the "
+    "right from the keys that a head has learned.",
+)
+
+# %%
+figures.table(
+    "The heads of the trained layer",
+    ["head", "beta of the ten swaps", "mean distance to the derived angles"],
+    [
+        [n, f"{beta[n].min():.2f} to {beta[n].max():.2f}", f"{off[n]:.3f}"]
+        for n in range(4)
+    ],
+)
+assert beta[best].min() > 1.9 and off[best] < 0.05
+
+# %% [markdown]
+# A head with $\beta = 2$ for every swap, and the derived angles: it has found the reflections. (The heads that have not
+# are not needed.) So what took Feedback a step at a time can be had in parallel, with a state of fixed size. The
+# price is that the state is *linear* in what it was: what Feedback does between two steps, layers with
+# nonlinearities, this recurrence does not do.
+
+# %% [markdown]
+# ## 6.9 Past the window, with and without a sink
+#
+# The other experiment is small and made up, to see *why* sinks are kept. A head is needed now and then: texts of 32
+# symbols follow a fixed table of chances, which the feed-forward can learn by itself. But after one of four
+# symbols, the *triggers*, the symbol before the trigger comes once more, and for that a head must look two tokens
+# back. At all other tokens it has nothing to do. Each text begins with a start token.
 
 # %% tags=["band"]
 N_SYMBOLS, TRIGGERS, START = 32, 4, 32
@@ -920,6 +1084,115 @@ def sink_scores(seed):
     ways = {"window": (63, 0), "window and sink": (63, 1), "everything": (512, 0)}
     return {name: streamed(model, *way) for name, way in ways.items()}
 
+# %%
+head = lone_head(SEED)
+tokens, _, _ = next(echoes(64, 64, seed=1))
+with torch.no_grad(), measure.record_attention(head) as recorded:
+    head(tokens.to(device))
+on_start = recorded[0][:, 0, 16:, 0].cpu()  # (B, T): what the start token gets
+trigger = tokens[:, 16:] < TRIGGERS
+print(f"weight on the start token: {on_start[~trigger].mean():.2f} on average,")
+print(f"but {on_start[trigger].mean():.2f} at triggers, where the head has work to do")
+assert on_start[~trigger].mean() > 5 * on_start[trigger].mean()
+
+# %% [markdown]
+# When the head has no work, it rests its weight on the start token, whose value does little. That is the sink, many times the 1/64 or
+# so that even attention would give. Now read on, far past the 64 tokens of the training, with a window that drops
+# the start token, with a window that keeps it, and with a cache that keeps everything:
+
+# %%
+sinks = {
+    "window": streamed(head, 63, 0), "window and sink": streamed(head, 63, 1),
+    "everything": streamed(head, 512, 0),
+}  # fmt: skip
+sink_band = bands.load("06_sink_scores", text=None)
+sink_band.check(sinks, margin=0.03)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(6.4, 3.6))
+looks = {
+    "window": ("window, the sink dropped", "#56B4E9", "v"),
+    "everything": ("everything kept", "black", "o"),
+    "window and sink": ("window and sink", figures.ORANGE, "s"),
+}
+for name, (label, color, marker) in looks.items():
+    seeds = "five recorded seeds" if name == "window" else "_"
+    figures.band(axes, range(5), sink_band.values[name], seeds)
+    axes.plot(range(5), sinks[name], color=color, marker=marker, label=label)
+spans = [f"{a + 1} to {b}" for a, b in zip(SPANS, SPANS[1:])]
+axes.set_xticks(range(5), labels=spans)
+axes.axvline(1.5, color="black", linestyle="--", linewidth=0.8)
+axes.text(1.55, axes.get_ylim()[1] * 0.97, "past the window", fontsize=8)
+axes.set(xlabel="tokens read", ylabel="loss (nats)", title="One head, a window of 64")
+axes.legend(fontsize=8)
+figures.show(
+    figure,
+    "Up to 64 tokens all three are equal. Beyond, the loss is higher where the start "
+    "token has been dropped, and not where a window keeps it.",
+)
+
+# %%
+lost = {}
+for name in ("window", "everything"):
+    values = sink_band.values[name] - sink_band.values["window and sink"]  # (seeds, 5)
+    lost[name] = values[:, 2:].mean(axis=1)  # beyond the window
+figures.table(
+    "Nats more than window and sink, beyond 64 tokens, five seeds",
+    ["", "lowest", "mean", "highest"],
+    [[n, *(f"{x:+.3f}" for x in (v.min(), v.mean(), v.max()))] for n, v in lost.items()],
+)
+before = sink_band.values["window"] - sink_band.values["window and sink"]
+assert abs(before[:, :2]).max() < 1e-6  # as long as all is in the window
+assert lost["window"].min() > 0.01
+
+# %% [markdown]
+# One slot makes the difference, the one for the start token, in every seed. The window alone forgets it, and the head, with nowhere to rest,
+# stirs symbols into the prediction that do not belong there. In large models, where many heads in many layers rest
+# like this, the loss explodes (Xiao et al., 2023); here it rises. It needs a head that has learned to rest: in the
+# models of the next section, trained on text for seconds, you would find none.
+#
+# The text itself can be as long as you like. Here a window with a sink reads 20,000 tokens, and we look at its loss
+# and its bytes on the way:
+
+# %%
+@torch.inference_mode()
+def long_read(model, n_tokens=20_000, every=2_000):
+    """Nats in each stretch of a long text, and bytes of state after each."""
+    memory, losses, space = None, [], []
+    tokens, targets, _ = next(echoes(1, n_tokens, seed=10**6 + 1))
+    for n in range(0, n_tokens, 4):
+        logits, memory = model(tokens[:, n : n + 4].to(device), memory)
+        losses.append(F.cross_entropy(logits.cpu().mT, targets[:, n : n + 4]).item())
+        if (n + 4) % every == 0:
+            space.append(measure.nbytes(memory))
+    stretches = torch.tensor(losses).view(len(space), -1).mean(dim=1)
+    return stretches.tolist(), space
+
+
+cache = head.layers[0].remember
+cache.mem_len, cache.n_sinks = 60, 1  # with four new tokens, a window of 64
+losses, space = long_read(head)
+figures.table(
+    "A window of 64 with a sink, one text of 20,000 tokens",
+    ["tokens read", *(f"{n:,}" for n in range(4_000, 20_001, 4_000))],
+    [
+        ["loss (nats)", *(f"{x:.3f}" for x in losses[1::2])],
+        ["state (KiB)", *(f"{x / 1024:.1f}" for x in space[1::2])],
+    ],
+)
+assert max(losses) - min(losses) < 0.1 and len(set(space)) == 1
+
+# %% [markdown]
+# Neither moves. That is what such a cache is for: a stream without an end. It remembers no more than its window,
+# though, and whoever asks for something older gets nothing.
+
+# %% [markdown]
+# ## 6.10 On text, and what it costs
+#
+# Tiny Shakespeare again, with the sizes, the characters and the validation text of chapter 5, so that the numbers
+# can stand side by side. Parameters are equal to within a hundredth. First at equal tokens, then at equal minutes:
+# as long as chapter 5's vanilla needs for 300 steps, at ratios that we measured once.
+
 # %% tags=["band"]
 SIZES = dict(d_model=64, n_heads=4, n_layers=2, d_ff=256)
 STEPS = 250  # of 512 characters, as in chapter 5
@@ -948,3 +1221,478 @@ def text_scores(seed):
     values = {name: text_loss(fit(name, seed, STEPS)) for name in MINUTES}
     races = {f"{name}, minutes": fit(name, seed, n) for name, n in MINUTES.items()}
     return values | {name: text_loss(model) for name, model in races.items()}
+
+# %%
+fits = {name: fit(name, SEED, STEPS) for name in MINUTES}
+text = {name: text_loss(model) for name, model in fits.items()}
+text |= {f"{n}, minutes": text_loss(fit(n, SEED, steps)) for n, steps in MINUTES.items()}
+text_band = bands.load("06_text_scores", corpus.name)
+text_band.check(text, margin=0.1)
+chapter_5 = bands.load("05_text_scores", corpus.name)
+sizes = [numbers(model) for model in fits.values()]
+assert max(sizes) < 1.01 * min(sizes)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+OLD = ["vanilla", "Transformer-XL", "Compressive", "Feedback"]
+figure, panels = plt.subplots(1, 2, figsize=(6.4, 4.4), sharey=True)
+for axes, race in zip(panels, ("", ", minutes")):
+    seeds = {name: text_band.values.get(name + race, []) for name in MINUTES}
+    seeds |= {name: chapter_5.values.get(name + race, []) for name in OLD}
+    for row, (name, values) in enumerate(seeds.items()):
+        color = LOOK.get(name, {}).get("color", figures.COLOUR.get(name))
+        axes.plot(values, [row] * len(values), "|", color=color, markersize=13)
+        if name + race in text:
+            axes.plot(text[name + race], row, "o", color=color)
+    axes.set_yticks(range(len(seeds)), labels=list(seeds))
+    axes.set_ylim(len(seeds) - 0.5, -0.5)
+    axes.set(xlabel="loss (nats)", title="equal minutes" if race else "equal tokens")
+figures.show(
+    figure,
+    f"Validation losses on {corpus.name}. The memories of this chapter lie close "
+    "together, near Transformer-XL and the Compressive Transformer of chapter 5 and "
+    "ahead of vanilla, at equal tokens and at equal minutes.",
+)
+
+# %%
+if text_band.seeds:
+    for name in MINUTES:
+        for race in ("", ", minutes"):
+            assert text_band.high(name + race) < chapter_5.low("vanilla" + race)
+
+# %% [markdown]
+# (Dots are this run, strokes five recorded seeds; the lower four rows are chapter 5's.) All are ahead of vanilla,
+# which starts each window from nothing, and all lie close together. As in chapter 5, this text asks for a dozen or
+# two of characters, and each of these memories has those. It takes the recall task, or a much longer text and a
+# larger model, to tell them apart. A sample, from the delta rule:
+
+# %%
+prompt = corpus.vocab.encode("\nROMEO:\n")
+sample = training.generate(fits["delta rule"], prompt, 160, temperature=0.8)
+print(corpus.vocab.decode(sample))
+
+# %% [markdown]
+# ### Time
+#
+# How long does a token take in training, if the text gets longer? Attention has to compare it with all tokens
+# before. A recurrence has not. Here is the attention of PyTorch, the rule token by token, and in chunks:
+
+# %%
+def attention(q, k, v, alpha, beta, S):
+    """Causal attention, called like the rules; the rest of what they get goes unused."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True), S
+
+
+LENGTHS = [128, 512, 2048, 8192]
+rules = {"attention": attention, "token by token": delta_rule}
+rules["in chunks"] = chunked_delta_rule
+per_token = {name: [] for name in rules}
+for T in LENGTHS:
+    for name, rule in rules.items():
+        if rule is not delta_rule or T <= 2048:  # the loop would take seconds a run
+            timing = dict(warmup=1, rounds=3 if T < 8192 else 1, device=device)
+            taken = measure.seconds(forward_and_backward(rule, T), **timing)
+            per_token[name].append(1e6 * taken / T)
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(6.4, 3.4))
+looks = dict(zip(rules, (("black", "s"), ("#999999", "o"), ("#332288", "*"))))
+for name, values in per_token.items():
+    color, marker = looks[name]
+    axes.plot(LENGTHS[: len(values)], values, color=color, marker=marker, label=name)
+axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a token")
+axes.set_xticks(LENGTHS, labels=[f"{n:,}" for n in LENGTHS])
+axes.minorticks_off()
+axes.set_title("Forward and backward, four heads of 32")
+axes.legend()
+figures.show(
+    figure,
+    "Time a token against length, both on logarithmic scales. Attention takes more with "
+    "each doubling; the delta rule does not. In chunks it takes a small part of what "
+    "it takes token by token, and is faster than attention for long texts.",
+)
+
+# %%
+assert per_token["in chunks"][2] < 0.3 * per_token["token by token"][2]
+assert per_token["attention"][-1] > 3 * per_token["attention"][1]
+assert per_token["in chunks"][-1] < per_token["attention"][-1]
+
+# %% [markdown]
+# ### Space
+#
+# And what must be held of a text between two calls? The models of the recall task, a cache without a limit, and
+# pooling with `top_k`, which keeps its tokens:
+
+# %%
+@torch.no_grad()
+def bytes_by_length(name, options):
+    """Bytes of state after each of HELD tokens."""
+    model, memory, space = MemoryToday(**RECALL | options).to(device), None, []
+    for n in range(16, HELD[-1] + 1, 16):
+        tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
+        _, memory = model(tokens, memory)
+        if n in HELD:
+            space.append(measure.nbytes(memory) / 1024)
+    return space
+
+
+HELD = [16, 64, 256, 1024, 4096]
+WITHOUT_LIMIT = {
+    "every key and value": dict(mem_len=10**6),
+    "pooled, top_k": MEMORIES["pooled"] | dict(compressed_len=10**6, top_k=2),
+}
+shown = {n: MEMORIES[n] for n in ("last queries", "pooled", "delta rule")}
+held = {name: bytes_by_length(name, o) for name, o in (shown | WITHOUT_LIMIT).items()}
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(figsize=(6.4, 3.6))
+more = {"every key and value": dict(color="black", marker="s")}
+more["pooled, top_k"] = dict(color="#117733", marker="x", linestyle=":")
+for name, space in held.items():
+    axes.plot(HELD, space, label=name, **(LOOK | more)[name])
+axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel="state (KiB)")
+axes.set_xticks(HELD, labels=[f"{n:,}" for n in HELD])
+axes.minorticks_off()
+axes.set_title("Memory usage: bytes held of one text, two layers")
+axes.legend(fontsize=8)
+figures.show(
+    figure,
+    "Bytes of state against tokens read. Without a limit the cache grows in proportion, "
+    "and pooling with top_k a little faster, since it holds blocks besides. What the "
+    "last queries used, pooling without top_k, and the delta rule stay at 16 KiB.",
+)
+
+# %%
+for name in shown:
+    assert held[name][-1] == held[name][1] < 1.1 * held["delta rule"][0]
+assert held["every key and value"][-1] > 60 * held["every key and value"][1]
+assert held["pooled, top_k"][-1] > held["every key and value"][-1]
+
+# %% [markdown]
+# ### What is read, by age
+#
+# The attention of a trained model says where it looks. But a slot of pooled tokens has no single age, and a state
+# has no attention at all. One trick works for all three. What a head reads is *linear* in the values. So let the
+# value of token $i$ be the $i$-th unit vector, with all else as it was: then what the head reads is the list of how
+# much of each value is in it. For a cache this is the attention, for pooled tokens attention times gate, and for the
+# delta rule it says what is left of each value that was written, with its sign.
+
+# %%
+@torch.no_grad()
+def read_of_each(remember, parts):
+    """How much of each value each token reads, (B, H, N, N): parts, for each segment,
+    is what a layer's memory got: (x, q, k, v, memory)."""
+    n_read, read, memory = 0, [], None
+    unit = torch.eye(sum(part[1].size(1) for part in parts), device=device)
+    for x, q, k, *_ in parts:
+        (B, T, H, _), N = q.shape, len(unit)
+        v = unit[n_read : n_read + T, None].expand(B, T, H, N)
+        if isinstance(remember, Delta):
+            alpha, beta = remember.gates(x).sigmoid().mT.chunk(2, dim=1)
+            q, k = (F.normalize(y.transpose(1, 2), dim=-1) for y in (q, k))
+            S = k.new_zeros(B, H, N, k.size(-1)) if memory is None else memory
+            given = q, k, v.transpose(1, 2), alpha, remember.strength * beta, S
+            heads, memory = chunked_delta_rule(*given)
+        else:
+            if memory is None:
+                start_k, start_v, *got = remember.empty(k)
+                start_v = v[:, :0]
+                memory = (start_k, start_v, *got)
+                if isinstance(remember, Pooled):
+                    memory = (start_k, start_v) * 2
+            heads, memory = remember(x, q, k, v, memory)
+        read.append(heads)
+        n_read += T
+    return torch.cat(read, dim=2)
+
+# %%
+EDGES = list(range(0, 193, 16))
+
+
+@torch.no_grad()
+def buckets_of(model, n_segments=24):
+    """Of all that questions read, the share of each age, and how old answers are."""
+    stream, parts = tasks.recall(8, 16, seed=10**6), [[] for _ in model.layers]
+    hooks = [
+        layer.remember.register_forward_pre_hook(lambda _, given, into=into: into.append(given))
+        for layer, into in zip(model.layers, parts)
+    ]
+    memory, asked, ages = None, [], []
+    for _, (tokens, targets, _, age) in zip(range(n_segments), stream):
+        _, memory = model(tokens.to(device), memory)
+        asked.append(targets >= 0), ages.append(age)
+    for hook in hooks:
+        hook.remove()
+    asked, ages = torch.cat(asked, dim=1), torch.cat(ages, dim=1)  # (B, N)
+    asked[:, :192] = False  # until there is as much past as the figure shows
+    mass = torch.zeros(12)
+    for layer, got in zip(model.layers, parts):
+        read = read_of_each(layer.remember, got).abs().mean(dim=1).cpu()  # (B, N, N)
+        N = read.size(1)
+        bucket = (torch.arange(N)[:, None] - torch.arange(N)).clamp(0) // 16  # (N, N)
+        for n in range(12):
+            mass[n] += (read * (bucket == n)).sum(dim=-1)[asked].sum().item()
+    answers = (ages[asked] - 1).div(16, rounding_mode="floor").bincount(minlength=12)[:12]
+    return mass / mass.sum(), answers / answers.sum()
+
+
+shares = {name: buckets_of(model) for name, model in live.items()}
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, panels = plt.subplots(3, 1, figsize=(6.4, 5.4), sharex=True)
+for axes, (name, (mass, answers)) in zip(panels, shares.items()):
+    axes.bar(AGES, mass, width=13, color=LOOK[name]["color"], label=f"read: {name}")
+    axes.plot(AGES, answers, "o-", color="black", markersize=4, label="the answers")
+    axes.set(ylabel="share", ylim=(0, 0.75))
+    axes.legend(fontsize=8)
+panels[0].set_title("What questions read, by age (recall task)")
+panels[-1].set(xlabel="age (tokens)", xticks=range(0, 193, 32))
+figures.show(
+    figure,
+    "ALT-BUCKETS",
+)
+
+# %% [markdown]
+# ## 6.11 Departures from the papers
+#
+# - **Caches that choose** came as tricks for models that are trained already. Ours are trained with their rule. SnapKV chooses once, at the end of
+#   a prompt, and lets neighbours vote together; H2O evicts with each token. Ours choose after each segment.
+# - **Pooling**: Native Sparse Attention has overlapping blocks, makes a slot of a block by a small network, and mixes
+#   its three branches by gates of their own. Its `top_k` saves time, by kernels that read only what was picked. Ours
+#   reads everything and hides what was not: you see the idea and not the saving.
+# - **Delta rule**: Gated DeltaNet has short convolutions before queries, keys and values, nonlinearities, a gate at
+#   the output, and RMSNorm where we have a layer norm. It mixes layers of it with layers of attention.
+# - **Looped depth**: Huginn has layers of its own before and after the loop, starts it from noise, and puts the
+#   embedding in anew each time; Ouro decides for each token how often to loop.
+# - All of it is small. What models of a few hundred thousand parameters do with made-up streams shows how a memory
+#   works. It does not rank the models that you read about.
+
+# %% [markdown]
+# ## 6.12 What became of it: a family tree
+#
+# Where did the four ideas go? The tree below says it in one picture, the lists after it in one sentence a
+# work. Time runs to the right, and a work stands at the year in which it was first public, or a little later
+# than the work that it grew from. A ring in another colour says that it owes something to that family too.
+# Which idea a work goes back to is our reading, not always its authors'.
+#
+# The fifth family has no chapter of its own. It begins with linear attention, which needs only one matrix of
+# a past of any length: the state of fixed size of this chapter.
+
+# %%
+ANCESTORS = {
+    "Transformer-XL": 2019, "Compressive": 2019, "Feedback": 2020, "Reformer": 2020,
+    "Linear attention": 2020,
+}  # fmt: skip
+TREE = [  # name, year, what it grew from; a second one gives the ring
+    ("XLNet", 2019, ["Transformer-XL"]),
+    ("Memorizing Transformers", 2022, ["Transformer-XL"]),
+    ("Recurrent Memory Transformer", 2022, ["Transformer-XL"]),
+    ("StreamingLLM", 2023, ["Transformer-XL"]),
+    ("Mistral 7B", 2023, ["Transformer-XL"]),
+    ("Gemma 3", 2025, ["Transformer-XL"]),
+    ("∞-former", 2021, ["Compressive"]),
+    ("AutoCompressors", 2023, ["Compressive", "Transformer-XL"]),
+    ("H2O", 2023, ["Compressive"]),
+    ("SnapKV", 2024, ["Compressive"]),
+    ("Infini-attention", 2024, ["Compressive", "Linear attention"]),
+    ("Native Sparse Attention", 2025, ["Compressive", "Reformer"]),
+    ("DeepSeek-V4", 2026, ["Native Sparse Attention", "Reformer"]),
+    ("Staircase attention", 2021, ["Feedback"]),
+    ("Block-Recurrent Transformer", 2022, ["Feedback", "Transformer-XL"]),
+    ("TransformerFAM", 2024, ["Feedback"]),
+    ("YOCO", 2024, ["Feedback"]),
+    ("Cross-Layer Attention", 2024, ["Feedback"]),
+    ("Coconut", 2024, ["Feedback"]),
+    ("Huginn", 2025, ["Feedback"]),
+    ("Routing Transformer", 2020, ["Reformer"]),
+    ("MagicPIG", 2024, ["Reformer"]),
+    ("HashAttention", 2024, ["Reformer"]),
+    ("MoBA", 2025, ["Reformer"]),
+    ("Reversing LLMs", 2025, ["Reformer"]),
+    ("DeepSeek Sparse Attention", 2025, ["Reformer"]),
+    ("DeltaNet", 2021, ["Linear attention"]),
+    ("Mamba-2", 2024, ["Linear attention"]),
+    ("DeltaNet in chunks", 2024, ["DeltaNet"]),
+    ("TTT", 2024, ["Linear attention"]),
+    ("Negative eigenvalues", 2024, ["DeltaNet in chunks"]),
+    ("Gated DeltaNet", 2024, ["DeltaNet in chunks"]),
+    ("Titans", 2025, ["TTT"]),
+    ("RWKV-7", 2025, ["DeltaNet"]),
+    ("Log-linear attention", 2025, ["Mamba-2"]),
+    ("Kimi Linear", 2025, ["Gated DeltaNet"]),
+]
+
+# %%
+PLACE = {}  # of each work: x, y, the colour of its family
+
+
+def place(name, year, colour, y, after=0.0):
+    """Give a work the row y, and its heirs the rows below it; returns the next row."""
+    PLACE[name] = x, *_ = max(year, after + 0.4), y, colour
+    y += 1
+    for heir, when, parents in sorted(TREE, key=lambda work: work[1]):
+        if parents[0] == name:
+            y = place(heir, when, colour, y, x)
+    return y
+
+
+y = 0
+for name, year in ANCESTORS.items():
+    y = place(name, year, figures.COLOUR.get(name, "black"), y) + 0.6
+assert set(PLACE) == {*ANCESTORS, *(name for name, *_ in TREE)}
+assert len(PLACE) == len(ANCESTORS) + len(TREE)
+assert sum(year >= 2023 for _, year, _ in TREE) > len(TREE) / 2
+
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, ax = plt.subplots(figsize=(4.2, 8.4))
+for name, year, parents in TREE:
+    (x, y, colour), (x0, y0, _) = PLACE[name], PLACE[parents[0]]
+    ax.plot([x0, x0, x], [y0, y, y], color=colour, linewidth=1.2, zorder=1)
+    ring = PLACE[parents[-1]][2]
+    if ring != colour:
+        ax.plot(x, y, "o", color=ring, markersize=9, zorder=2)
+        ax.plot(x, y, "o", color="white", markersize=6.5, zorder=2)
+for name, (x, y, colour) in PLACE.items():
+    root = name in ANCESTORS
+    ax.plot(x, y, "s" if root else "o", color=colour, markersize=8 if root else 5)
+    look = dict(fontsize=8.5, va="center", weight="bold" if root else "normal")
+    ax.text(x + 0.26, y, name, **look)
+years = range(2019, 2027)
+ax.set_xticks(years, labels=years, fontsize=8)
+ax.tick_params(top=True, labeltop=True, length=0)
+ax.set(xlim=(2018.7, 2028.6), ylim=(y + 0.7, -0.7), yticks=[])
+ax.grid(False)
+ax.spines[:].set_visible(False)
+figures.show(
+    figure,
+    "Five family trees from 2019 to 2026. Most works are of 2023 or later. The longest "
+    "line runs from linear attention over DeltaNet, its form in chunks and Gated "
+    "DeltaNet to Kimi Linear. DeepSeek-V4, the latest, belongs to two families: "
+    "Compressive and Reformer.",
+)
+
+# %% [markdown]
+# **From [Transformer-XL](https://arxiv.org/abs/1901.02860) (2019), chapter 1:** the past is kept, as states
+# or as keys and values.
+#
+# - [XLNet](https://arxiv.org/abs/1906.08237) (2019) keeps the memory and the relative positions of
+#   Transformer-XL, in a model that learns to predict the words of a text in any order.
+# - [Memorizing Transformers](https://arxiv.org/abs/2203.08913) (2022) keep the keys and values of a long past
+#   in one layer, where each query looks up those nearest to it; they still gained when that memory grew to
+#   262K tokens.
+# - The [Recurrent Memory Transformer](https://arxiv.org/abs/2207.06881) (2022) adds a few memory tokens to
+#   each segment and hands on to the next what has become of them; the transformer itself stays as it is.
+# - [StreamingLLM](https://arxiv.org/abs/2309.17453) (2023) keeps the keys and values of the first few tokens
+#   beside a window of the latest, and so stays stable for 4 million tokens and more; its authors say that it
+#   remembers no more than the window.
+# - [Mistral 7B](https://arxiv.org/abs/2310.06825) (2023) lets each token attend to a window of the latest
+#   tokens only, so that its reach grows with depth, by one window a layer.
+# - [Gemma 3](https://arxiv.org/abs/2503.19786) (2025) has five layers that look at a window of 1,024 tokens
+#   for each one that looks at everything, which leaves far fewer keys and values to keep.
+#
+# **From [Compressive](https://arxiv.org/abs/1911.05507) (2019), chapter 2:** the past is kept in fewer places
+# than it had.
+#
+# - [∞-former](https://arxiv.org/abs/2109.00301) (2021) keeps the past as a continuous signal: attending to it
+#   costs the same however long it is, and it loses precision instead.
+# - [AutoCompressors](https://arxiv.org/abs/2305.14788) (2023) turn each segment into a few summary vectors
+#   that all later segments read, trained by the loss of the language model alone.
+# - [H2O](https://arxiv.org/abs/2306.14048) (2023) keeps the keys that have got the most attention so far,
+#   added up over all queries, and the most recent ones.
+# - [SnapKV](https://arxiv.org/abs/2404.14469) (2024) asks the last queries of a prompt: each head keeps the
+#   keys that they attend to most, much as `MostUsed` does.
+# - [Infini-attention](https://arxiv.org/abs/2404.07143) (2024) stores what leaves the segment in a memory of
+#   fixed size, which is read without a softmax; a public attempt to reproduce it
+#   [reported](https://huggingface.co/blog/infini-attention) that it got worse the more often the memory was
+#   compressed.
+# - [Native Sparse Attention](https://arxiv.org/abs/2502.11089) (2025) reads coarse summaries of all blocks, a
+#   few chosen blocks in full, and a window of the latest tokens.
+# - [DeepSeek-V4](https://arxiv.org/abs/2606.19348) (2026) pools four tokens into one in some layers, by
+#   learned softmax gates, and reads only the results that an indexer picks; in others it pools 128 into one
+#   and reads them all, and a window stands beside both.
+#
+# **From [Feedback](https://arxiv.org/abs/2002.09402) (2020), chapter 3:** what the top has found goes back in
+# at the bottom, and layers share a memory.
+#
+# - [Staircase attention](https://arxiv.org/abs/2106.04279) (2021), co-written by an author of Feedback, takes
+#   the states of earlier tokens through the same layers again, together with new tokens, and solves tracking
+#   tasks on which ordinary transformers fail.
+# - The [Block-Recurrent Transformer](https://arxiv.org/abs/2203.07852) (2022) hands state vectors from block
+#   to block through gates like those of an LSTM, and computes the tokens of a block in parallel.
+# - [TransformerFAM](https://arxiv.org/abs/2404.09173) (2024) feeds a model's own states back to it as a
+#   working memory, without new weights.
+# - [YOCO](https://arxiv.org/abs/2405.05254) (2024), "you only cache once", makes one set of keys and values
+#   in its lower layers, and all upper layers read it.
+# - [Cross-Layer Attention](https://arxiv.org/abs/2405.12981) (2024) lets neighbouring layers share keys and
+#   values, which halves the cache at nearly the same accuracy.
+# - [Coconut](https://arxiv.org/abs/2412.06769) (2024) reasons without words: instead of choosing a token, it
+#   takes its last hidden state as the next input.
+# - [Huginn](https://arxiv.org/abs/2502.05171) (2025) runs the same block of layers again and again before it
+#   answers, as often as you ask; more rounds help most where it has to reason.
+#
+# **From [Reformer](https://arxiv.org/abs/2001.04451) (2020), chapter 4:** each query reads the few keys that
+# matter to it, and layers can be run backwards.
+#
+# - The [Routing Transformer](https://arxiv.org/abs/2003.05997) (2020) puts learned clusters in the place of
+#   hash buckets: each query attends only to keys of its own cluster.
+# - [MagicPIG](https://arxiv.org/abs/2410.16179) (2024) hashes to *sample* keys rather than to find the best
+#   ones, with the hash tables and the attention itself on the CPU.
+# - [HashAttention](https://arxiv.org/abs/2412.14468) (2024) learns its hash functions: 32 bits a token,
+#   compared bit by bit, say which keys are worth reading.
+# - [MoBA](https://arxiv.org/abs/2502.13189) (2025) cuts the past into blocks, and each query picks the few
+#   that suit it best, with no parameters for the choice.
+# - [Reversing LLMs](https://arxiv.org/abs/2512.02056) (2025) brings reversible layers to language models, and
+#   turns trained models into reversible ones by fine-tuning them.
+# - [DeepSeek Sparse Attention](https://arxiv.org/abs/2512.02556) (2025) scores all earlier tokens by a small
+#   indexer and attends to the 2,048 with the highest scores.
+#
+# **From [Linear attention](https://arxiv.org/abs/2006.16236) (2020):** without the softmax, attention is a
+# matrix to which each token adds, so that a state of fixed size stands for the whole past.
+#
+# - [DeltaNet](https://arxiv.org/abs/2102.11174) (2021) writes by the delta rule: not the value itself, but
+#   the difference between it and what the state already says for this key.
+# - [Mamba-2](https://arxiv.org/abs/2405.21060) (2024) shows how closely state space models and attention are
+#   related, and computes the former block by block, by matrix products.
+# - [DeltaNet in chunks](https://arxiv.org/abs/2406.06484) (2024) rewrites the delta rule so that a chunk of
+#   text is computed by matrix products and not token by token.
+# - [TTT](https://arxiv.org/abs/2407.04620) (2024), short for test-time training, makes the state a small
+#   model of its own, and each update a step of training on what is being read.
+# - [Negative eigenvalues](https://arxiv.org/abs/2411.12537) (2024) lets the delta rule write with up to twice
+#   the strength, so that a step can flip a direction of the state: this solves parity, and the authors prove
+#   that such a recurrence cannot solve it with positive eigenvalues alone.
+# - [Gated DeltaNet](https://arxiv.org/abs/2412.06464) (2024) joins the delta rule, which replaces one entry,
+#   with a gate that lets the whole state fade.
+# - [Titans](https://arxiv.org/abs/2501.00663) (2025) have attention as a short-term memory and, beside it, a
+#   network that goes on learning while it reads as a long-term one.
+# - [RWKV-7](https://arxiv.org/abs/2503.14456) (2025) generalises the delta rule in a recurrent model whose
+#   memory and time a token stay constant.
+# - [Log-linear attention](https://arxiv.org/abs/2506.04761) (2025) keeps a set of states instead of one, and
+#   their number grows with the logarithm of the length.
+# - [Kimi Linear](https://arxiv.org/abs/2510.26692) (2025) gives the gated delta rule finer gates and puts one
+#   layer of full attention after every three of its layers.
+
+
+# %% [markdown]
+# ## References
+#
+# - A. Katharopoulos et al.: [Transformers are RNNs](https://arxiv.org/abs/2006.16236). ICML 2020.
+# - J. Su et al.: [RoFormer: Enhanced Transformer with Rotary Position
+# Embedding](https://arxiv.org/abs/2104.09864). 2021.
+# - I. Schlag, K. Irie, J. Schmidhuber: [Linear Transformers Are Secretly Fast Weight
+# Programmers](https://arxiv.org/abs/2102.11174). ICML 2021.
+# - G. Xiao et al.: [Efficient Streaming Language Models with Attention
+# Sinks](https://arxiv.org/abs/2309.17453). ICLR 2024.
+# - Z. Zhang et al.: [H2O: Heavy-Hitter Oracle](https://arxiv.org/abs/2306.14048). 2023.
+# - Y. Li et al.: [SnapKV](https://arxiv.org/abs/2404.14469). 2024.
+# - J. Yuan et al.: [Native Sparse Attention](https://arxiv.org/abs/2502.11089). 2025.
+# - S. Yang et al.: [Parallelizing Linear Transformers with the Delta Rule over Sequence
+# Length](https://arxiv.org/abs/2406.06484). NeurIPS 2024.
+# - S. Yang, J. Kautz, A. Hatamizadeh: [Gated Delta Networks](https://arxiv.org/abs/2412.06464). 2024.
+# - R. Grazzi et al.: [Unlocking State-Tracking in Linear RNNs Through Negative
+# Eigenvalues](https://arxiv.org/abs/2411.12537). 2024.
+# - J. Geiping et al.: [Scaling up Test-Time Compute with Latent Reasoning](https://arxiv.org/abs/2502.05171). NeurIPS 2025.
+
+# %%
+minutes = (time.perf_counter() - started) / 60
+peak = measure.process_peak_bytes() / 2**30
+print(f"this run: {minutes:.1f} minutes, peak memory {peak:.2f} GiB,", end=" ")
+print(f"text: {corpus.name}")
