@@ -1886,15 +1886,28 @@ figures.table(
 #
 # ## 1.7 What became of it
 #
-# - **Segment recurrence** lives on wherever a text is longer than the window: in XLNet, which took
-# over both ideas, in the Compressive Transformer (chapter 2), in the Block-Recurrent Transformer and the
-# Recurrent Memory Transformer. The key-value cache of every language model that you talk to is the
-# same thought at segment length one: do not compute a state twice.
-# - **Reach that grows with depth** came back as sliding-window attention, in Longformer and Mistral
-# 7B: each layer looks back one window, and the stack looks back many.
-# - **Relative positions** won, in simpler forms. Beside (a), T5 keeps only a learned term (d). ALiBi keeps a
-# fixed straight line in its place. Rotary embeddings (RoPE) let the distance into term (a) itself
-# by rotating queries and keys.
+# The key-value cache of every language model that you talk to is segment recurrence at segment length one: do
+# not compute a state twice. Relative positions won, too, in a simpler form: [rotary
+# embeddings](https://arxiv.org/abs/2104.09864) let the distance into term (a) itself, by rotating queries and
+# keys.
+#
+# Some works that took an idea of this chapter further, with the year in which each was first public. Which
+# idea each goes back to is our reading, not always its authors':
+#
+# - [XLNet](https://arxiv.org/abs/1906.08237) (2019) keeps the memory and the relative positions of
+#   Transformer-XL, in a model that learns to predict the words of a text in any order.
+# - [Memorizing Transformers](https://arxiv.org/abs/2203.08913) (2022) keep the keys and values of a long past
+#   in one layer, where each query looks up those nearest to it; they still gained when that memory grew to
+#   262K tokens.
+# - The [Recurrent Memory Transformer](https://arxiv.org/abs/2207.06881) (2022) adds a few memory tokens to
+#   each segment and hands on to the next what has become of them; the transformer itself stays as it is.
+# - [StreamingLLM](https://arxiv.org/abs/2309.17453) (2023) keeps the keys and values of the first few tokens
+#   beside a window of the latest, and so stays stable for 4 million tokens and more; its authors say that it
+#   remembers no more than the window.
+# - [Mistral 7B](https://arxiv.org/abs/2310.06825) (2023) lets each token attend to a window of the latest
+#   tokens only, so that its reach grows with depth, by one window a layer.
+# - [Gemma 3](https://arxiv.org/abs/2503.19786) (2025) has five layers that look at a window of 1,024 tokens
+#   for each one that looks at everything, which leaves far fewer keys and values to keep.
 
 # %% [markdown]
 # ## 1.8 Exercises

@@ -1773,20 +1773,36 @@ for k in (0, 1):  # training, evaluation
 #
 # ## 2.11 What became of it
 #
-# - **Does it need to be everywhere?** Two of the authors asked soon after ([Rae and Razavi,
-# 2020](https://arxiv.org/abs/2007.03356)) whether every layer needs a long memory. Their answer for
-# Transformer-XL: hardly. With long memories in a few of the layers, the loss was the same or better, at a fraction of the cost.
-# - The **two-speed memory**, fine for the recent and coarse for the old, is everywhere: in caches that merge
-# or evict old keys and values, and in agents that summarise their old conversation. SnapKV keeps
-# the keys that the last queries looked at most, much as `MostUsed` does; H2O adds up the attention over all
-# queries so far.
-# - **PG-19**, the collection of books that the paper published with the model, became a standard test for
-# long texts.
-# - The **∞-former** and **Memorizing Transformers** keep old states in other ways: as a continuous signal, and
-# uncompressed, found by nearest neighbours.
-# - Learned compression came back in language models as **gist tokens** and AutoCompressors: a model learns to
-# say a long text in a few states, trained by the loss of the text that follows. That is the `"bptt"` of this
-# chapter, in models that read the compressed states within the same forward pass.
+# Two of the authors asked soon after whether every layer needs a long memory ([Rae and Razavi,
+# 2020](https://arxiv.org/abs/2007.03356)). Their answer for Transformer-XL: hardly. With long memories in a
+# few of the layers, the loss was the same or better, at a fraction of the cost. And the collection of books
+# that the paper published with the model, PG-19, became a standard test for long texts.
+#
+# The memory of two speeds, fine for the recent and coarse for the old, came back in caches that merge or drop
+# old keys and values, and in agents that summarise their old conversation. Some such works, with the year in
+# which each was first public (which idea each goes back to is our reading, not always its authors'):
+#
+# - [∞-former](https://arxiv.org/abs/2109.00301) (2021) keeps the past as a continuous signal: attending to it
+#   costs the same however long it is, and it loses precision instead.
+# - [AutoCompressors](https://arxiv.org/abs/2305.14788) (2023) turn each segment into a few summary vectors
+#   that all later segments read, trained by the loss of the language model alone.
+# - [H2O](https://arxiv.org/abs/2306.14048) (2023) keeps the keys that have got the most attention so far,
+#   added up over all queries, and the most recent ones.
+# - [SnapKV](https://arxiv.org/abs/2404.14469) (2024) asks the last queries of a prompt: each head keeps the
+#   keys that they attend to most, much as `MostUsed` does.
+# - [Infini-attention](https://arxiv.org/abs/2404.07143) (2024) stores what leaves the segment in a memory of
+#   fixed size, which is read without a softmax; a public attempt to reproduce it
+#   [reported](https://huggingface.co/blog/infini-attention) that it got worse the more often the memory was
+#   compressed.
+# - [Native Sparse Attention](https://arxiv.org/abs/2502.11089) (2025) reads coarse summaries of all blocks, a
+#   few chosen blocks in full, and a window of the latest tokens.
+# - [DeepSeek-V4](https://arxiv.org/abs/2606.19348) (2026) pools four tokens into one in some layers, by
+#   learned softmax gates, and reads only the results that an indexer picks; in others it pools 128 into one
+#   and reads them all, and a window stands beside both.
+#
+# [Gist tokens](https://arxiv.org/abs/2304.08467) do for a prompt what AutoCompressors do for a text. Both are
+# the `"bptt"` of this chapter, in models that read the compressed states within the same forward pass. And
+# [Memorizing Transformers](https://arxiv.org/abs/2203.08913) do not compress at all: they search.
 
 # %% [markdown]
 # ## 2.12 Exercises

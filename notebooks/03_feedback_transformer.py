@@ -1249,19 +1249,30 @@ for n, h in held.items():
 #
 # ## 3.12 What became of it
 #
-# - **Keys and values shared by all layers** came back for the sake of the cache alone:
-# cross-layer attention and YOCO ("you only cache once") share them between layers of parallel
-# transformers.
-# - **Recurrence in depth** was the point that lasted. Feedback is one answer to "how long may a
-# thought be?"; looped transformers, and chains of thought that are written out and read again,
-# are others. A written chain is feedback through the text: the top layer's output becomes the
-# bottom layer's input.
-# - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase
-# family (co-written by an author of this paper) hand states back once a block, so that a block stays
-# parallel. Exercise 3.6 builds the simplest of them.
-# - **Strictly sequential training** did not last. On hardware that thrives on large matrix products, its
-# price is what you measured above; linear recurrences, such as state space models, gave up
-# expressive power to get rid of it.
+# Strictly sequential training did not last. On hardware that thrives on large matrix products, its price is
+# what you measured above; linear recurrences, such as state space models, gave up expressive power to get rid
+# of it. Recurrence in depth did last. A chain of thought that is written out and read again is feedback
+# through the text: the top layer's output becomes the bottom layer's input.
+#
+# Some works that took an idea of this chapter further, with the year in which each was first public. Which
+# idea each goes back to is our reading, not always its authors'. (Exercise 3.6 builds the simplest kind of
+# block recurrence.)
+#
+# - [Staircase attention](https://arxiv.org/abs/2106.04279) (2021), co-written by an author of Feedback, takes
+#   the states of earlier tokens through the same layers again, together with new tokens, and solves tracking
+#   tasks on which ordinary transformers fail.
+# - The [Block-Recurrent Transformer](https://arxiv.org/abs/2203.07852) (2022) hands state vectors from block
+#   to block through gates like those of an LSTM, and computes the tokens of a block in parallel.
+# - [TransformerFAM](https://arxiv.org/abs/2404.09173) (2024) feeds a model's own states back to it as a
+#   working memory, without new weights.
+# - [YOCO](https://arxiv.org/abs/2405.05254) (2024), "you only cache once", makes one set of keys and values
+#   in its lower layers, and all upper layers read it.
+# - [Cross-Layer Attention](https://arxiv.org/abs/2405.12981) (2024) lets neighbouring layers share keys and
+#   values, which halves the cache at nearly the same accuracy.
+# - [Coconut](https://arxiv.org/abs/2412.06769) (2024) reasons without words: instead of choosing a token, it
+#   takes its last hidden state as the next input.
+# - [Huginn](https://arxiv.org/abs/2502.05171) (2025) runs the same block of layers again and again before it
+#   answers, as often as you ask; more rounds help most where it has to reason.
 
 # %% [markdown]
 # ## 3.13 Exercises

@@ -1685,16 +1685,29 @@ assert abs(causal_loss - chunked_loss) < 0.02
 #
 # ## 4.12 What became of it
 #
-# - **Hashed attention** was soon followed by simpler ways to make attention sparse: windows with a few global tokens
-#   ([Longformer](https://arxiv.org/abs/2004.05150), [BigBird](https://arxiv.org/abs/2007.14062)), clusters that are learned ([Routing
-#   Transformer](https://arxiv.org/abs/2003.05997)). Then [FlashAttention](https://arxiv.org/abs/2205.14135) made *exact* attention fast and
-#   small in memory, and for most lengths took away the reason to approximate it.
-# - **Looking for the few likely keys** has come back with windows of a million tokens: [Memorizing
-#   Transformers](https://arxiv.org/abs/2203.08913) search a memory for near keys, and [Native Sparse
-#   Attention](https://arxiv.org/abs/2502.11089) learns which blocks to read.
-# - **Reversible layers** come from [reversible residual networks](https://arxiv.org/abs/1707.04585) and are used where nothing else fits;
-#   [checkpointing](https://arxiv.org/abs/1604.06174) is more common, as it needs no second stream.
-# - **Axial positions** have given way to [rotary ones](https://arxiv.org/abs/2104.09864), which need no table.
+# Hashed attention was soon followed by simpler ways to make attention sparse, such as windows with a few
+# global tokens ([Longformer](https://arxiv.org/abs/2004.05150), [BigBird](https://arxiv.org/abs/2007.14062)).
+# Then [FlashAttention](https://arxiv.org/abs/2205.14135) made *exact* attention fast and small in memory, and
+# for most lengths took away the reason to approximate it. Reversible layers, which come from [reversible
+# residual networks](https://arxiv.org/abs/1707.04585), are rarer than
+# [checkpointing](https://arxiv.org/abs/1604.06174), which needs no second stream. Axial positions have given
+# way to [rotary ones](https://arxiv.org/abs/2104.09864), which need no table.
+#
+# But texts grew to a million tokens, and the question which few keys to read came back. Some works, with the
+# year in which each was first public (which idea each goes back to is our reading, not always its authors'):
+#
+# - The [Routing Transformer](https://arxiv.org/abs/2003.05997) (2020) puts learned clusters in the place of
+#   hash buckets: each query attends only to keys of its own cluster.
+# - [MagicPIG](https://arxiv.org/abs/2410.16179) (2024) hashes to *sample* keys rather than to find the best
+#   ones, with the hash tables and the attention itself on the CPU.
+# - [HashAttention](https://arxiv.org/abs/2412.14468) (2024) learns its hash functions: 32 bits a token,
+#   compared bit by bit, say which keys are worth reading.
+# - [MoBA](https://arxiv.org/abs/2502.13189) (2025) cuts the past into blocks, and each query picks the few
+#   that suit it best, with no parameters for the choice.
+# - [Reversing LLMs](https://arxiv.org/abs/2512.02056) (2025) brings reversible layers to language models, and
+#   turns trained models into reversible ones by fine-tuning them.
+# - [DeepSeek Sparse Attention](https://arxiv.org/abs/2512.02556) (2025) scores all earlier tokens by a small
+#   indexer and attends to the 2,048 with the highest scores.
 
 # %% [markdown]
 # ## 4.13 Exercises
