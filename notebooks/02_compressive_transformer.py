@@ -278,8 +278,8 @@ assert max(recall["Transformer-XL"][5:]) < 0.2  # beyond L * M and a segment
 
 # %% [markdown]
 # A query sees 32 slots of memory and its own segment. The second layer can carry an answer once more as
-# far, to `L * M = 64` tokens. Query $i$ of a segment, with $i - 1$ tokens before it there, reaches that much
-# further, so about half of the questions of ages 65 to 80 can be answered. Beyond that the value is gone
+# far, to `L * M = 64` tokens. Query $i$ of a segment sees the $i - 1$ before it there, too, and reaches that
+# much further, so about half of the questions of ages 65 to 80 can be answered. Beyond that the value is gone
 # for good. (In chapter 1's echo a second layer did *not* learn to hand on what the first one found; here it
 # does.) A longer memory would help, at a cost in proportion. The paper's
 # question: can the same number of slots reach further?
@@ -456,7 +456,7 @@ figures.show(
 # learned vector $u$ because the paper's formula has none. And no gradient of this loss goes into $h$, $old$,
 # $W_Q$, $W_K$ or $W_V$. The loss is there to fit $f_c$ to what the model wants to read, not to make the
 # model want less. (The paper: letting the gradient through prevents learning.) In code, that is
-# `weight.detach()` inside the expression. Not `weight.detach_()`: that would switch off the training of keys
+# `weight.detach()` inside the expression of the loss. Not `weight.detach_()`: that would switch off the training of keys
 # and values for good. ($old$ needs neither: whatever enters the memory is detached already.)
 #
 # Our layers normalise what they read. So the code first applies `F.layer_norm` to $h$ and to the `S` states,
@@ -1297,8 +1297,8 @@ assert torch.allclose(by_zone.sum(dim=1), torch.ones(len(by_zone)), atol=1e-3)
 # Attention mass is not use. A slot may be looked at for nothing, because the weights have to go somewhere. So
 # take the content away. The stream is read as always, and in each segment the model is asked a second
 # time, with its memories changed (`CHANGES`, in section 2.3): the compressed memory of *another text* of the
-# batch in place of its own, or none at all; the memory of another text; or neither memory. (Taking away the memory alone would move the
-# compressed slots nearer, and so change two things at once.)
+# batch in place of its own, or none at all; the memory of another text; or neither memory. (Taking away the
+# memory alone would move the compressed slots nearer, and so change two things at once.)
 
 # %%
 changed = {name: exam(recall_model, change) for name, change in CHANGES.items()}
@@ -1556,8 +1556,8 @@ assert max(measured["layers"]) < 1.5 * min(measured["layers"])
 # | bits per character | 1.01 | 0.99 | 0.98 | 0.97 | 1.00 |
 #
 # More helps up to a point, and then hurts. Ours (`at_lengths` is in section 2.3), from none to four times the
-# length of training. "0 slots" is "no compressed memory" of section 2.5, whose memory has read a compressed one
-# before: so it can beat 8 slots.
+# length of training. "0 slots" is "no compressed memory" of section 2.5: there the memory still hands on what
+# it read in the compressed one, and so can beat 8 slots.
 
 # %%
 by_length = at_lengths(recall_model, exam)
@@ -1959,9 +1959,9 @@ exercises.check("2.8", my_felt)
 #
 # </details>
 #
-# **Without a check.** *(20 minutes)* Let the loss through: remove the five `detach` in `by_content` and train. Does the validation loss suffer?
-# Does the reconstruction error fall? Why is that no success? (The error is a quotient: print its
-# denominator, the mean square of what attention reads, too.)
+# **Without a check.** *(20 minutes)* Let the loss through: remove the five `detach` in `by_content` and call
+# `try_out(SEED, "conv", "attention", 3)` again. Does the validation loss suffer? Does the reconstruction error
+# fall? Why is that no success? (Print the error's denominator, the mean square of what attention reads, too.)
 
 # %% [markdown]
 # ## References

@@ -20,8 +20,8 @@
 # To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
-# The exercises stand at the end of [chapter 2](../02_compressive_transformer.ipynb). Try them first: a solution that you have read is half as
-# much worth as one that you have found. A few seconds to run.
+# The exercises stand at the end of [chapter 2](../02_compressive_transformer.ipynb). Try them first: a solution that you have read is worth
+# half as much as one that you have found. A few seconds to run.
 
 # %% tags=["colab-install"]
 import importlib.util
@@ -214,6 +214,7 @@ exercises.check("2.8", my_felt)
 # %% [markdown]
 # ## Without a check
 #
-# **Let the loss through.** The error falls, and it looks like success. But both sides of the comparison can now be moved. Keys and values
-# learn to give attention less to read, and what there is less of is easily reconstructed: the denominator falls as
-# well. The loss was to fit $f_c$ to the model, and now the model is bent to fit $f_c$.
+# **Let the loss through.** The error falls, by about half in each of three seeds, and it looks like success.
+# But both sides of the comparison can now be moved. Keys and values learn to give attention less to read, and what there is less of is easily
+# reconstructed: the denominator fell to a fifth or less. And the validation loss suffered in each seed, by some
+# hundredths of a nat. The loss was to fit $f_c$ to the model, and now the model is bent to fit $f_c$.
