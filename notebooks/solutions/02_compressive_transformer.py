@@ -110,7 +110,8 @@ exercises.check("2.4", Newest)
 # %% [markdown]
 # One in `c` values survives the compression, whole. So one might expect one in `c` of the answers right beyond
 # the memory, and a guess for the rest. In two seeds, at rate 4, it was more than half up to an age of 96, and
-# guesses beyond 112: the states of the second layer have read their neighbours before they are compressed.
+# hardly more than guesses beyond 112. (The states of the second layer have read others before they are
+# compressed.)
 
 # %% [markdown]
 # ## 2.5 A pipeline with a fault
