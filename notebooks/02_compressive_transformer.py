@@ -1803,7 +1803,7 @@ for k in (0, 1):  # training, evaluation
 # ## 2.12 Exercises
 #
 # Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
-# case that fails, what was expected and what came. The [solutions](solutions/02_compressive_transformer.ipynb) have words and code.
+# case that fails, what was expected and what came. All [solutions](solutions/02_compressive_transformer.ipynb), worked out in words and code.
 #
 # **2.1 Which tokens stand in a slot?** *(derive; easy; 10 minutes)* Both memories are full, `n` tokens have been read, and the
 # segments are a multiple of `c`. Slot 0 is the oldest compressed one, slot `C` the oldest of the memory. Tokens count from 0.
