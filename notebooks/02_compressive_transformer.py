@@ -39,7 +39,7 @@
 # - read an attention-bucket figure, and test whether what is attended to is also *used*.
 #
 # **You need** chapter 1: the memory of Transformer-XL, attention by distance, and the bands of
-# recorded seeds that chapter 0 explains. This chapter imports Transformer-XL's layer and adds to it.
+# recorded seeds that chapter 0 explains.
 #
 # **Time and memory.** About 5 minutes and half a GiB on two CPU cores. The notebook trains eleven small
 # models while you read. The last cell prints what it took on your machine.
@@ -1518,7 +1518,7 @@ assert max(mib for name, mib in held.items() if "BPTT" in name) < held[next(iter
 
 # %% [markdown]
 # At equal numbers of characters BPTT keeps no more: the reconstruction loss has two reads of its own to
-# remember. What BPTT costs is something else. To learn from eight segments ahead you must read eight in one call,
+# remember. But to learn from eight segments ahead you must read eight in one call,
 # one after the other, with an eighth of the texts side by side.
 #
 # ### Reconstruction, layer by layer
@@ -1641,7 +1641,7 @@ assert abs(sum(overall[32][1:]) - sum(overall[16][1:])) / 5 < 0.05
 # What you pay for is **slots**. Each is a state to hold, `4 * B * d_model` bytes a layer in float32, and a
 # key to score, `B * H * T` scores a layer. What you get is **range**. So there are two fair comparisons with a
 # Compressive Transformer of `M = C = n / 2`, at rate 3: a Transformer-XL of equal slots, with a memory of
-# `n`, and one of equal range, with a memory of `2 n`. First the counts, which need no clock.
+# `n`, and one of equal range, with a memory of `2 n`. First the counts.
 
 # %%
 def slots_of(memory):
