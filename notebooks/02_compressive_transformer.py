@@ -28,7 +28,8 @@
 #
 # The **Compressive Transformer** ([Rae et al., 2020](https://arxiv.org/abs/1911.05507)) does
 # likewise. What leaves the memory is *compressed*, several states into one, and kept in a second
-# memory behind the first. The same number of slots then reaches further back, with less detail.
+# memory behind the first. The same number of places, or *slots*, then reaches further back, with less
+# detail.
 #
 # **After this chapter you can**
 # - write the memory pipeline, and say for any slot which tokens stand in it;
@@ -38,7 +39,7 @@
 # - read an attention-bucket figure, and test whether what is attended to is also *used*.
 #
 # **You need** chapter 1: the memory of Transformer-XL, attention by distance, and the bands of
-# recorded seeds that chapter 0 explains. This chapter imports Transformer-XL's layer and adds to it.
+# recorded seeds that chapter 0 explains.
 #
 # **Time and memory.** About 5 minutes and half a GiB on two CPU cores. The notebook trains eleven small
 # models while you read. The last cell prints what it took on your machine.
@@ -91,7 +92,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `L` | layers | `i`, `j` | query, key |
 #
 # Here is the pipeline with the sizes of the paper's Figure 1: segments of 3, a memory of 6, a
-# compressed memory of 6, and rate 3. Each box is a state; the numbers say which tokens it stands for.
+# compressed memory of 6, and rate 3. An inner list is a slot, with the numbers of its tokens.
 
 # %%
 def pipeline(n_segments, T=3, mem_len=6, compressed_len=6, c=3):
@@ -160,8 +161,8 @@ assert [len(slot) for part in frames[9][:2] for slot in part] == 6 * [3] + 6 * [
 # How far back does Transformer-XL remember? Text is a poor place to find out, because nobody knows
 # what a text requires you to remember, or for how long. So take a stream in which you do know: the **recall
 # task**. One token, `b=5`, says that the key `b` now has the value 5. Another, `b?`, asks for the
-# latest value of `b`. All other tokens are noise. Of the tokens 6 % set a value (there are four keys
-# and eight values), 40 % ask, and the rest, 54 %, is noise.
+# latest value of `b`. All other tokens are noise, shown as `-`. Of the tokens, 6 % set a value (there
+# are four keys and eight values), 40 % ask, and 54 % are noise.
 
 # %%
 segments = [batch for _, batch in zip(range(8), tasks.recall(1, 16, SEED))]
@@ -178,12 +179,11 @@ figures.table(
 # %% [markdown]
 # The target of a question stands at the question itself: the model is not asked for the next token but
 # for an answer on the spot. Targets are the numbers 0 to 7, all other places have none and do not
-# count, and a guess is right once in eight times. (Noise tokens have the ids 0 to 7 too. That they are
-# the same numbers means nothing: one is read, the other predicted.) The **age** of an answer is how
+# count, and a guess is right once in eight times. The **age** of an answer is how
 # many tokens ago its value was said.
 #
 # Train a small Transformer-XL on it: two layers, segments of 16, a memory of 32, and 4,000 steps, which
-# takes a minute or two.
+# takes a minute or two. (`change` in `exam` waits for section 2.5.)
 
 # %% tags=["band"]
 RECALL = dict(vocab_size=tasks.RECALL_VOCAB, d_model=64, n_heads=4, n_layers=2)
@@ -278,9 +278,10 @@ assert max(recall["Transformer-XL"][5:]) < 0.2  # beyond L * M and a segment
 
 # %% [markdown]
 # A query sees 32 slots of memory and its own segment. The second layer can carry an answer once more as
-# far, to `L * M = 64` tokens. Query $n$ of a segment reaches $n - 1$ tokens further, so about half of the questions of ages 65 to 80 can be
-# answered. Beyond that the value is gone for good. (In chapter 1's echo a second layer did *not* learn to hand on what the first
-# one found; here it does.) A longer memory would help, at a cost in proportion. The paper's
+# far, to `L * M = 64` tokens. Query $i$ of a segment sees the $i - 1$ before it there, too, and reaches that
+# much further, so about half of the questions of ages 65 to 80 can be answered. Beyond that the value is gone
+# for good. (In chapter 1's echo a second layer did *not* learn to hand on what the first one found; here it
+# does.) A longer memory would help, at a cost in proportion. The paper's
 # question: can the same number of slots reach further?
 #
 # ## 2.2 The idea in pieces
@@ -299,8 +300,9 @@ assert max(recall["Transformer-XL"][5:]) < 0.2  # beyond L * M and a segment
 #
 # ### Five ways to compress
 #
-# Each takes old states `(B, O, d_model)` and returns `(B, O / c, d_model)`. **Pooling** takes the
-# largest value or the mean of each group of `c` neighbours, dimension by dimension:
+# Each takes old states `(B, O, d_model)` and returns `(B, O / c, d_model)`; the argument `used` is for the
+# last of the five alone. **Pooling** takes the largest value or the mean of each group of `c` neighbours,
+# dimension by dimension:
 #
 # $$
 # \text{max: } new_{n} = \max_{0 \le s < c} old_{cn + s} \qquad \text{mean: } new_{n} = \frac{1}{c} \sum_{s=0}^{c-1} old_{cn + s}
@@ -366,8 +368,8 @@ class DilatedConvolution(Convolution):
 
 # %% [markdown]
 # **Most-used** mixes nothing. It keeps the states that got the most attention and forgets the others.
-# The attention that an old state $j$ got is the average over heads and over the queries of the segment that pushes it out, of a softmax over
-# the old states alone:
+# The attention that an old state $j$ got is a softmax over the old states alone, averaged over the heads and
+# over the queries of the segment that pushes them out:
 #
 # $$
 # a_j = \frac{1}{H\,T} \sum_{\text{heads}} \sum_{i=1}^{T}
@@ -442,21 +444,23 @@ figures.show(
 # or not.
 #
 # **Attention reconstruction.** Only what attention *reads* counts. Let the segment $h$ attend to the old
-# states, then to the new ones, and compare what comes out:
+# states, then to the new ones, and compare what comes out (here $m$ is the one or the other):
 #
 # $$
 # \mathcal L = \lVert\, \text{attn}(h, old) - \text{attn}(h, new)\, \rVert, \qquad
 # \text{attn}(h, m) = \text{softmax}\left((h W_Q)(m W_K)^\top / \sqrt{d_{\text{head}}}\right)(m W_V) .
 # $$
 #
-# Both reads go by content alone. Of all that chapter 1 added to the scores, the terms with a distance are left out because a compressed
-# state stands at another distance than the states it was made of, and the learned vector $u$ because the paper's formula has none. And $h$, $old$, $W_Q$, $W_K$ and $W_V$ all stand under a stop-gradient. The loss is there to fit
-# $f_c$ to what the model wants to read, not to make the model want less. (The paper: letting the gradient through
-# prevents learning.) In code, stop-gradient on a parameter is `weight.detach()` inside the
-# expression. Not `weight.detach_()`: that would switch off the training of keys and values for good.
+# Both reads go by content alone. Of all that chapter 1 added to the scores, the terms with a distance are
+# left out because a compressed state stands at another distance than the states it was made of, and the
+# learned vector $u$ because the paper's formula has none. And no gradient of this loss goes into $h$, $old$,
+# $W_Q$, $W_K$ or $W_V$. The loss is there to fit $f_c$ to what the model wants to read, not to make the
+# model want less. (The paper: letting the gradient through prevents learning.) In code, that is
+# `weight.detach()` inside the expression of the loss. Not `weight.detach_()`: that would switch off the training of keys
+# and values for good. ($old$ needs neither: whatever enters the memory is detached already.)
 #
-# Our layers normalise what they read. So the code first applies `F.layer_norm` to $h$ and to the states,
-# with the layer's own gain and bias, detached as well.
+# Our layers normalise what they read. So the code first applies `F.layer_norm` to $h$ and to the `S` states,
+# old or new, with the layer's own gain and bias, detached as well.
 
 # %% tags=["from-module"]
 def by_content(layer, h, states):
@@ -495,8 +499,8 @@ def usage(layer, h, old):
     return weights.unflatten(0, (len(h), -1)).mean(dim=(1, 2))
 
 # %% [markdown]
-# Try the five on random states, at rate 4. The second column is the reconstruction loss of fresh weights,
-# the third the loss after 500 steps on that loss and nothing else.
+# Try the five on random states, at rate 4: their reconstruction loss with fresh weights, and after 500 steps
+# on that loss alone.
 
 # %%
 torch.manual_seed(SEED)
@@ -538,15 +542,15 @@ assert max(rows[3][2], rows[4][2]) < min(row[1] for row in rows[:3])
 
 # %% [markdown]
 # Fresh convolutions are the worst of all: a random matrix writes nothing that this layer's keys and values
-# could read. Trained, they are the best. (How can two states stand for eight random ones? A fresh layer attends almost evenly, as the range of its
-# weights shows, so it reads little more than the mean of all values, and that fits into one state.
-# Whether it pays on text is the question of section 2.6.)
+# could read. Trained, they are the best. (How can two states stand for eight random ones? A fresh layer
+# attends almost evenly, as the range of its weights shows, so it reads little more than the mean of all
+# values, and that fits into one state. Mean pooling still misses it: the layer norm before the read scales a
+# mean up again. Whether training pays on text is the question of section 2.6.)
 #
 # ### The pipeline
 #
-# All compressions and ways to train them by their names. `"bptt"` stands for no loss of its own: $f_c$
-# learns from the prediction of later tokens. `None` is for what has nothing to learn. (In the model's
-# constructor, lines that begin with `inputs.` refuse what cannot work, in the same words in all chapters.)
+# The model takes both, compressions and losses, by their names. `"bptt"` stands for no loss of its own: $f_c$
+# learns from the prediction of later tokens. `None` is for what has nothing to learn.
 
 # %% tags=["setup"]
 COMPRESSIONS = {
@@ -558,10 +562,10 @@ LOSSES = "attention", "auto-encoding", "bptt", None
 # %% [markdown]
 # Now steps 2 to 4. Each layer has a `Memory` of its own, with its own $f_c$. Follow the lines: the
 # segment enters, whole groups of `c` leave on the other side, they are compressed, the loss compares, and
-# both memories are cut to their sizes. It is `ceil` that makes sure that no state is lost: when a segment
-# is not a multiple of `c`, the last group leaves a little earlier, and the memory is not quite full.
+# both memories are cut to their sizes. `ceil` rounds up to whole groups: when the excess is not a multiple of
+# `c`, a few states leave early with the last group, and the memory is not quite full.
 #
-# `new.detach()` keeps the prediction of the next token away from $f_c$, except under BPTT.
+# `new.detach()` keeps the gradient of the next token's loss away from $f_c$, except under BPTT.
 
 # %% tags=["from-module"]
 class Memory(nn.Module):
@@ -596,9 +600,9 @@ class Memory(nn.Module):
         return compressed[:, first:], recent, loss
 
 # %% [markdown]
-# A longer text is read in pieces of `mem_len` tokens: a longer segment would push out some of its own states before any later query could read them
-# uncompressed. That `mem_len` must be a multiple of `c` is a matter
-# of tidiness: each piece then pushes out exactly the states it replaces, and the memory stays full.
+# A longer text is read in pieces of `mem_len` tokens: a longer segment would push out some of its own states
+# before any later query could read them uncompressed. And `mem_len` must be a multiple of `c`: then a whole
+# piece pushes out as many states as it brings, and the memory stays full.
 
 # %% tags=["from-module"]
 def pieces(model, tokens):
@@ -612,7 +616,7 @@ def pieces(model, tokens):
 # %% [markdown]
 # A piece of text goes up through the layers as in Transformer-XL, with other bookkeeping. The distance of
 # a slot is its place in the row of boxes, as in the paper: a compressed state of four tokens counts as one
-# step.
+# step. (`surplus` is not 0 only where you lower `compressed_len`, as section 2.7 does.)
 
 # %% tags=["from-module"]
 def read_piece(model, tokens, memory):
@@ -640,6 +644,8 @@ def read_piece(model, tokens, memory):
 # compressed states that it read, and so into $f_c$. There it ends: `h.detach()` has cut the states off from
 # the layers that made them, as in Transformer-XL. So `"bptt"` needs calls of two or more pieces; with
 # segments of `mem_len` tokens or less, $f_c$ never moves. What is handed out is always detached.
+#
+# Below, nothing leaves the memory in the first two segments, so their compression loss is 0.
 
 # %% tags=["from-module"]
 class CompressiveTransformer(nn.Module):
@@ -732,8 +738,8 @@ assert difference < 1e-10
 # ### How far back?
 #
 # A compressed memory of `C` slots stands for `c * C` tokens. So the paper's **temporal range** is
-# $L \cdot (M + c \cdot C)$, against $L \cdot M$ for Transformer-XL. Count it: change one token of the past,
-# and see whether the last prediction feels it.
+# $L \cdot (M + c \cdot C)$, against $L \cdot M$ for Transformer-XL. The segment's own `T` tokens come on top.
+# Count: change one token of the past, and see whether the last prediction feels it.
 
 # %%
 def felt(model, segment_len=4, n=72):
@@ -779,7 +785,7 @@ assert counted == [n for _, n in cases.values()] == [20, 20, 28, 44]
 #
 # ### Which parameters does each loss touch?
 #
-# A question worth asking of any implementation. Take the gradient of each loss alone, and look where it
+# Take the gradient of each loss alone, and look where it
 # arrives.
 
 # %%
@@ -912,17 +918,18 @@ shown = {n: round(x, 4) for n, x in fifty.items()}
 print("compression loss, means of 50 steps from step:", shown)
 
 # %% [markdown]
-# These steps are less than one pass over the text, so each training loss is one on fresh text.
-# The compression loss is zero in the first step, since nothing leaves the memory yet. Then it falls quickly: $f_c$ has a loss of its own
-# and learns at once. And then it *rises*. No gradient of this loss reaches the layers, but they learn all the same, from the next
-# character, and what $f_c$ has to reconstruct is what they read. The curve shows two things moving: $f_c$, and its target.
+# The compression loss is zero in the first step, since nothing leaves the memory yet. Then it falls, too
+# quickly for the printed means to show it: $f_c$ has a loss of its own and learns at once. And then it
+# *rises*. No gradient of this loss reaches the layers, but they learn all the same, from the next
+# character, and what $f_c$ has to reconstruct is what they read.
 #
 # Now the validation loss, over a band of five recorded seeds. Mind that the two have equal slots, not
 # equal sizes: the Compressive Transformer has the parameters of $f_c$ in addition. The third line is the
 # same Transformer-XL, evaluated with a memory of 96: the range of the Compressive Transformer, at twice the
 # slots.
 #
-# The loss is the first cell. The four cells after it define what sections 2.5 to 2.7 measure of the same two models: skip them until then.
+# The first cell below measures the loss. The four after it belong to sections 2.5 to 2.7: skip them until
+# then.
 
 # %% tags=["band"]
 @torch.no_grad()
@@ -1065,9 +1072,8 @@ assert (abs(behind) < 0.05).all() and (abs(longer - equal) < 0.005).all()
 # %% [markdown]
 # At equal slots the two are close. In the recorded seeds Transformer-XL is ahead, by thousandths in most; in a run on your machine it can be the other way
 # round. The coarse slots reach further, but on this text there is little to fetch there: twice the memory does next to nothing for
-# Transformer-XL either. (Chapter 1 found the same: what stands more than a line or two back helps a small model little.)
-# The paper's gain on books (PG-19: perplexity 33.6 against 36.3) takes long training on long texts. What
-# compression does to *reach*, the recall task shows.
+# Transformer-XL either. (Chapter 1 found the same.)
+# The paper's gain on books (PG-19: perplexity 33.6 against 36.3) takes long training on long texts.
 #
 # A sample:
 
@@ -1175,7 +1181,7 @@ assert nothing_compressed[0] > nothing_compressed[3]
 # here; what eight hold does not, quite. (Rate 8 then *rises* again, up to an age of 144. We have not found out why.)
 #
 # **Learned or not?** In the paper the convolution is best and the mean loses by a hundredth of a bit. Here, up to an age
-# of 64, the convolution leads in some seeds and loses in others. From 97 to 160 the mean leads in every seed. With five seeds of 4,000 steps, no order holds over all ages.
+# of 64, the convolution leads in some seeds and loses in others. From 97 to 160 the mean leads in every seed.
 #
 # ## 2.5 Is it looked at, and is it used?
 #
@@ -1186,9 +1192,9 @@ assert nothing_compressed[0] > nothing_compressed[3]
 # segment. The paper found most attention on the segment, and an *increase* from the oldest memory
 # bucket to the newest compressed one. It reads this as a sign that the model learns to keep what matters.
 #
-# Here is ours. In the recall task a zone has 16 slots, which do not divide by six: there it has four
-# buckets, so that a bucket is four slots in both panels. The dotted line is what a query would give that attends
-# evenly to all that it may see.
+# Here is ours (`attention_by_bucket` is in section 2.3). In the recall task a zone has 16 slots and four
+# buckets, so that a bucket is four slots in both panels. The dotted line is what each bucket would get if
+# every query attended evenly to all that it may see.
 
 # %%
 def even(n_slots, n_zones=3):
@@ -1256,16 +1262,18 @@ assert on_recall[0] > on_recall[3]
 
 # %% [markdown]
 # On Shakespeare the segment gets most of the attention, and each bucket of the compressed memory less than an even
-# share. On the recall task, where answers lie far back, both memories together get most. In both panels
+# share. On the recall task, where answers lie far back, both memories together get most, not far from their
+# even share. In both panels
 # attention rises toward the oldest compressed slots. The paper's rise *at the border*, from the oldest bucket of the memory to the newest
 # compressed one, is not here: the printed factors are above 1 in some seeds and below in others.
 #
 # Within the segment the newest buckets get less. That is the mask, and the dotted line has it too: a late key is
-# hidden from all queries before it, and only the last few see the newest bucket.
+# hidden from all queries before it.
 #
-# Look for yourself, in a model that was trained for longer and comes with the package (see the book's page on trained weights). Its three zones hold 64
-# states each, and a compressed one stands for four characters: a tray under four of them. Point at a character, or step to one with the arrow
-# keys.
+# Look for yourself, in a model that was trained for longer and comes with the package (see the book's page on
+# trained weights). Its three zones hold 64 states each. The tray of a slot lies under its characters, four of
+# them if it is compressed, and the bar above says how much it is read. Point at a character, or step to one
+# with the arrow keys. The table after it adds up each zone, over more text.
 
 # %%
 trained, vocab = memtx_minimal.load("compressive_transformer")
@@ -1288,9 +1296,9 @@ assert torch.allclose(by_zone.sum(dim=1), torch.ones(len(by_zone)), atol=1e-3)
 #
 # Attention mass is not use. A slot may be looked at for nothing, because the weights have to go somewhere. So
 # take the content away. The stream is read as always, and in each segment the model is asked a second
-# time, with its memories changed: the compressed memory of *another text* of the batch in place of its own, or none at
-# all; the memory of another text; or neither memory. (Taking away the memory alone would move the
-# compressed slots nearer, and so change two things at once.)
+# time, with its memories changed (`CHANGES`, in section 2.3): the compressed memory of *another text* of the
+# batch in place of its own, or none at all; the memory of another text; or neither memory. (Taking away the
+# memory alone would move the compressed slots nearer, and so change two things at once.)
 
 # %%
 changed = {name: exam(recall_model, change) for name, change in CHANGES.items()}
@@ -1358,8 +1366,8 @@ for name in ("compressed memory of another text", "no compressed memory"):
 #
 # **Text.** The memory is used: with that of another text the loss rises by more than a tenth of a nat. The compressed
 # memory hardly is. In every seed the loss rises by a few thousandths of a nat if its content is wrong, and by about a hundredth if it is gone,
-# though about a sixth of the attention goes there. (Unlike in recall, taking it away costs more than putting another text's in its place: its share of the
-# attention then falls on other keys.) So on this text the upper panel of the bucket figure shows where the weights go, and
+# though about a sixth of the attention goes there. (Unlike in recall, taking it away costs more than putting
+# another text's in its place.) So on this text the upper panel of the bucket figure shows where the weights go, and
 # not what the model needs.
 #
 # ## 2.6 Which compression, which loss?
@@ -1369,7 +1377,7 @@ for name in ("compressed memory of another text", "no compressed memory"):
 # of the seeds, trains live. Under BPTT, two pieces are read in each step, half as many side by side: the same
 # number of characters.
 #
-# The reconstruction error is measured the same way for all rows: the attention reconstruction loss on the
+# The reconstruction error (in section 2.3) is measured the same way for all rows: the attention reconstruction loss on the
 # validation text, divided by the mean square of what was to be reconstructed.
 
 # %% tags=["band"]
@@ -1471,8 +1479,8 @@ if grid_band.seeds:
 # first depends on the seed: this text, at this size and after so few steps, cannot tell the compressions apart.
 #
 # **Reconstruction.** Here the rows do differ. What is trained by attention reconstruction is best at it, as it must
-# be. An error of 1 means that attention might as well have read zeros. The lesson is in the two convolutions with
-# another loss. Under auto-encoding the states may hold everything, since $g$ can decode them. But attention does
+# be. An error of 1 means that attention might as well have read zeros. The lesson is in the convolutions with
+# the two other losses. Under auto-encoding the states may hold everything, since $g$ can decode them. But attention does
 # not read through $g$. It reads with the layer's own keys and values, and nothing has told $f_c$ to write in their
 # language. That explains auto-encoding only: under BPTT $f_c$ is trained through these very keys and values, but for what
 # helps to predict, not for what attention read before.
@@ -1510,7 +1518,7 @@ assert max(mib for name, mib in held.items() if "BPTT" in name) < held[next(iter
 
 # %% [markdown]
 # At equal numbers of characters BPTT keeps no more: the reconstruction loss has two reads of its own to
-# remember. What BPTT costs is something else. To learn from eight segments ahead you must read eight in one call,
+# remember. But to learn from eight segments ahead you must read eight in one call,
 # one after the other, with an eighth of the texts side by side.
 #
 # ### Reconstruction, layer by layer
@@ -1535,7 +1543,8 @@ text_band.check({"layers": measured["layers"]}, margin=0.08)
 assert max(measured["layers"]) < 1.5 * min(measured["layers"])
 
 # %% [markdown]
-# No layer stands out here: the first is about as hard to compress as the others. The paper's first layer is easy; with three layers and a minute of training we cannot say where the difference comes from.
+# No layer stands out here. With three layers and a minute of training we cannot say where the difference from
+# the paper comes from.
 #
 # ## 2.7 Another length than in training
 #
@@ -1544,9 +1553,11 @@ assert max(measured["layers"]) < 1.5 * min(measured["layers"])
 #
 # | compressed slots | 512 | 1024 | 2048 | 3072 | 4096 |
 # | --- | --- | --- | --- | --- | --- |
-# | bits per character | 1.01 | .99 | .98 | .97 | 1.00 |
+# | bits per character | 1.01 | 0.99 | 0.98 | 0.97 | 1.00 |
 #
-# More helps up to a point, and then hurts. Ours, from none to four times the length of training:
+# More helps up to a point, and then hurts. Ours (`at_lengths` is in section 2.3), from none to four times the
+# length of training. "0 slots" is "no compressed memory" of section 2.5: there the memory still hands on what
+# it read in the compressed one, and so can beat 8 slots.
 
 # %%
 by_length = at_lengths(recall_model, exam)
@@ -1622,15 +1633,15 @@ assert abs(sum(overall[32][1:]) - sum(overall[16][1:])) / 5 < 0.05
 # %% [markdown]
 # On the recall task twice the slots gain much beyond an age of 112, without a step of training, and lose about a tenth from 65 to 96.
 # Four times the slots reach as far and lose far more in the middle. Over all ages it is the course of the paper's table: up with
-# the slots, level at the top, and then down. (With more slots come distances that the model never met in training, and more slots among which to find the right one. Which of
-# the two does the harm we have not tested.) On Shakespeare none of this matters, since more than the memory hardly helps.
+# the slots, level at the top, and then down. (Whether the harm comes from distances that the model never met in
+# training, or from more slots among which to find the right one, we have not tested.) On Shakespeare none of this matters, since more than the memory hardly helps.
 #
 # ## 2.8 What the memory costs
 #
 # What you pay for is **slots**. Each is a state to hold, `4 * B * d_model` bytes a layer in float32, and a
 # key to score, `B * H * T` scores a layer. What you get is **range**. So there are two fair comparisons with a
 # Compressive Transformer of `M = C = n / 2`, at rate 3: a Transformer-XL of equal slots, with a memory of
-# `n`, and one of equal range, with a memory of `2 n`. First the counts, which need no clock.
+# `n`, and one of equal range, with a memory of `2 n`. First the counts.
 
 # %%
 def slots_of(memory):
@@ -1743,15 +1754,15 @@ for k in (0, 1):  # training, evaluation
 # %% [markdown]
 # At equal slots the counts are the same, and so is the time of evaluation, nearly; training pays something for
 # $f_c$ and its loss. At equal range Transformer-XL holds twice the bytes. It computes a little less than twice the
-# scores, since the segment's own `T` keys count for both. At a long memory attention takes most of the time, so the time follows the
-# scores. At a short one the rest of the layers does, and range costs hardly anything.
+# scores, since the segment's own `T` keys count for both. At a long memory attention takes most of the time,
+# so the time follows the scores. At a short one the rest of the layers counts as well, and range costs less.
 #
 # ## 2.9 Out of reach here
 #
-# Two of the paper's findings need more text and more training than a notebook has, so we do not try.
+# Two of the paper's findings need more text and more training than a notebook has.
 #
 # - **Rare words gain most.** On WikiText-103 (Table 7) perplexity falls by 2.6 % for the most frequent words
-# and by about 20 % for the rarest two of four groups, 5.8 % over all. A name that stood far back is worth remembering. A model of
+# and by about 20 % for the rarest two of four groups, 5.8 % over all. A model of
 # characters that has seen half a million of them hardly knows rare words, and its memory holds a few lines.
 # - **Dropping the learning rate hurts.** In the paper's Figure 3 the training loss gets *worse* when the rate is
 # lowered far in mid-training; updating the weights less often, every four steps, does no such harm. The
@@ -1828,8 +1839,9 @@ exercises.check("2.1", my_slot)
 #
 # </details>
 #
-# **2.2 What does training move?** *(predict; easy; 10 minutes)* For a call of one or two pieces of `mem_len` tokens, and both memories full.
-# Mind `"mean"` with a loss.
+# **2.2 What does training move?** *(predict; easy; 10 minutes)* Both memories are full, and a step of training calls the
+# model on `n_pieces` pieces of `mem_len` tokens, one or two. Which parts do its losses move? Pooling may be
+# built with any loss, too.
 
 # %% tags=["exercise"]
 def my_moved(compression, loss, n_pieces):
@@ -1909,7 +1921,7 @@ exercises.check("2.5", my_push)
 # </details>
 #
 # **2.6 The age of a slot** *(derive; hard; 20 minutes)* The distance of a compressed slot is its place, not its age. Give it the
-# mean age of its `c` tokens; the age of the query itself is 0.
+# mean age of its `c` tokens; the age of the query itself is 0, and later keys are below 0.
 
 # %% tags=["exercise"]
 def my_ages(T, M, C, c):
@@ -1946,7 +1958,7 @@ exercises.check("2.7", my_scores)
 #
 # </details>
 #
-# **2.8 Compress twice** *(predict, then build; hard; 30 minutes)* A third memory of `C2` slots stands behind the second, with the rate `c`
+# **2.8 Compress twice** *(predict, then build; hard; 45 minutes)* A third memory of `C2` slots stands behind the second, with the rate `c`
 # again. How many tokens does the last prediction feel, with `T = 4`, `L = 2`, `M = 4`, `C = C2 = 2` and `c = 2`? Predict it. Then build it, and count
 # with `felt`.
 
@@ -1963,9 +1975,9 @@ exercises.check("2.8", my_felt)
 #
 # </details>
 #
-# **Without a check.** *(20 minutes)* Let the loss through: remove the five `detach` in `by_content` and train. Does the validation loss suffer?
-# Does the reconstruction error fall? Why is that no success? (The error is a quotient: print its
-# denominator, the mean square of what attention reads, too.)
+# **Without a check.** *(20 minutes)* Let the loss through: remove the five `detach` in `by_content` and call
+# `try_out(SEED, "conv", "attention", 3)` again. Does the validation loss suffer? Does the reconstruction error
+# fall? Why is that no success? (Print the error's denominator, the mean square of what attention reads, too.)
 
 # %% [markdown]
 # ## References

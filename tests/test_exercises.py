@@ -435,6 +435,7 @@ def test_the_slots_are_those_of_the_pipeline(T, M, C, c):
 def test_the_words_on_what_training_moves_are_true():
     from memtx_minimal.exercises.chapter_2 import LOSSES, everything, moved, moves
 
+    refused("2.2", lambda *case: list(moves(*case)), why="return a set, and returns a list")
     for f_c in everything:
         for loss in LOSSES:
             assert all(moves(f_c, loss, n) == moved(f_c, loss, n) for n in (1, 2))
@@ -453,8 +454,10 @@ def test_newest():
         (lambda self, old, used=None: old, "one state for each group"),
         (lambda self, old, used=None: old[0], "the shape should be"),
         (lambda self, old, used=None: None, "returns nothing"),
+        (lambda self, old, used=None: old.tolist(), "return a tensor, and returns a list"),
     ]:
         refused("2.4", compression(forward), why=why)
+    refused("2.4", lambda old, used=None: old, why="hand in the class itself, not a function")
 
 
 def my_scores(attention, q, ages):

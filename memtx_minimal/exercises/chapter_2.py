@@ -14,6 +14,7 @@ from memtx_minimal.exercises.core import (
     differ,
     exercise,
     fail,
+    kind,
     taught,
     value,
 )
@@ -144,6 +145,8 @@ compare(
 @exercise("2.4")
 def check_newest(Newest):
     """A compression that keeps the newest of each group, and nothing else."""
+    if not isinstance(Newest, type):
+        fail(f"hand in the class itself, not {kind(Newest)}")
     for rate in (1, 2, 3):
         old, f_c = random(2, 6 * rate, 8), call(Newest, (8, rate))
         try:
@@ -152,6 +155,8 @@ def check_newest(Newest):
             fail("hint: forward(self, old, used=None): Memory hands it both")
         mine = call(f_c, (old, None))
         right = old[:, rate - 1 :: rate]
+        if not isinstance(mine, torch.Tensor):
+            fail(f"should return a tensor, and returns {kind(mine)}")
         if not (difference := differ(right, mine, 1e-6)):
             continue
         hints = {
@@ -248,6 +253,9 @@ compare(
             lambda T, M, C, c: shifted_ages(T, M, C, c, (c - 1) / 2)
         ),
         "a row for each query, a column for each key": lambda *case: ages(*case).T,
+        "keys after the query have an age below 0": (
+            lambda *case: ages(*case).clamp(min=0)
+        ),
     },
 )
 

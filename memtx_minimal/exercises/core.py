@@ -278,6 +278,8 @@ def differ(expected, got, atol):
             else math.isclose(got, expected, abs_tol=atol, rel_tol=1e-6)
         )
         return "" if same else f"should be {show(expected)}, and is {show(got)}"
+    if isinstance(expected, set) and not isinstance(got, set):
+        return f"should return a set, and returns {kind(got)}"
     same = type(got) is type(expected) and got == expected
     return "" if same else f"should be {show(expected)}, and is {show(got)}"
 
