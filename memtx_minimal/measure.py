@@ -349,6 +349,9 @@ def reads(model, tokens, segment_len=None):
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}; pass one text, (N,)")
     if hasattr(model, "blocks"):
         return _hashed_reads(model, tokens)
+    if hasattr(model, "n_loops"):
+        name = type(model).__name__
+        raise ValueError(f"{name} is not of the chapters 0 to 4: none to show")
     if segment_len is None:
         segment_len = getattr(model, "max_len", None) or model.mem_len
     inputs.check_sizes({"segment_len": segment_len})

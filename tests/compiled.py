@@ -17,6 +17,7 @@ from torch import nn
 
 from memtx_minimal.compressive_transformer import CompressiveTransformer
 from memtx_minimal.feedback_transformer import FeedbackTransformer
+from memtx_minimal.memory_today import MemoryToday
 from memtx_minimal.reformer import Reformer
 from memtx_minimal.training import cross_entropy
 from memtx_minimal.transformer_xl import TransformerXL
@@ -35,6 +36,13 @@ ROWS = {  # as in the page's table
         **SMALL, chunk_len=1, axial_shape=(1, 3), reversible=False
     ),
     "Reformer": lambda: Reformer(**SMALL, chunk_len=1, axial_shape=(1, 3)),
+    "Memory today, `cache`": lambda: MemoryToday(
+        **SMALL, mem_len=M, n_sinks=1, n_used=1
+    ),
+    "Memory today, `pooled`": lambda: MemoryToday(
+        **SMALL, kind="pooled", mem_len=2, compressed_len=2, compression_rate=2, top_k=1
+    ),
+    "Memory today, `delta`": lambda: MemoryToday(**SMALL, kind="delta", n_loops=2),
 }
 
 

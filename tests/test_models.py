@@ -9,12 +9,14 @@ from memtx_minimal import fast_feedback
 from memtx_minimal.compressive_transformer import CompressiveTransformer
 from memtx_minimal.fast_lsh import speed_up
 from memtx_minimal.feedback_transformer import FeedbackTransformer
+from memtx_minimal.memory_today import MemoryToday
 from memtx_minimal.reformer import Reformer
 from memtx_minimal.transformer_xl import TransformerXL
 from memtx_minimal.vanilla_transformer import VanillaTransformer
 
 SMALL = dict(vocab_size=11, d_model=16, n_heads=2, n_layers=3, d_ff=32)
 COMPRESSED = dict(mem_len=4, compressed_len=3, compression_rate=2)
+POOLED = dict(kind="pooled", mem_len=4, compressed_len=2, compression_rate=2)
 MODELS = {
     "vanilla": lambda **kw: VanillaTransformer(**SMALL, max_len=24, **kw),
     "xl": lambda **kw: TransformerXL(**SMALL, mem_len=6, **kw),
@@ -31,6 +33,12 @@ MODELS = {
     "reformer short": lambda **kw: Reformer(**SMALL, chunk_len=12, axial_shape=(4, 6), **kw),
     "reformer hashed": lambda **kw: Reformer(**SMALL, chunk_len=2, axial_shape=(4, 6), **kw),
     "reformer hashed fast": lambda **kw: speed_up(Reformer(**SMALL, chunk_len=2, axial_shape=(4, 6), **kw)),
+    "cache": lambda **kw: MemoryToday(**SMALL, kind="cache", mem_len=6, **kw),
+    "cache used": lambda **kw: MemoryToday(**SMALL, kind="cache", mem_len=6, n_sinks=1, n_used=2, **kw),
+    "pooled": lambda **kw: MemoryToday(**SMALL, **POOLED, **kw),
+    "pooled top_k": lambda **kw: MemoryToday(**SMALL, **POOLED, top_k=1, **kw),
+    "delta": lambda **kw: MemoryToday(**SMALL, kind="delta", strength=2.0, **kw),
+    "delta looped": lambda **kw: MemoryToday(**SMALL, kind="delta", n_loops=2, **kw),
 }
 
 
@@ -117,7 +125,7 @@ def test_dropout_is_silent_in_evaluation():
 
 
 @pytest.mark.parametrize(
-    "cls", [VanillaTransformer, TransformerXL, CompressiveTransformer, Reformer]
+    "cls", [VanillaTransformer, TransformerXL, CompressiveTransformer, Reformer, MemoryToday]
 )
 def test_head_sizes_that_do_not_fit_are_refused(cls):
     with pytest.raises(ValueError, match="multiple of n_heads=3"):

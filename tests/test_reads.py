@@ -185,6 +185,8 @@ def test_a_reformer_that_need_not_hash_has_one_window():
         ("xl", 0, "segment_len=0 is not a whole number >= 1"),
         ("xl without memory", None, "segment_len=0 is not"),
         ("feedback, fast", 5, "does not show its attention: take the plain model"),
+        ("cache", 5, "MemoryToday is not of the chapters 0 to 4"),
+        ("delta", None, "MemoryToday is not of the chapters 0 to 4"),
     ],
 )
 def test_what_cannot_be_read_is_refused(name, segment_len, message):
