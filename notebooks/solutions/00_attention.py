@@ -20,8 +20,8 @@
 # To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
-# The exercises stand at the end of [chapter 0](../00_attention.ipynb). Try them first: a solution that you have read is half as
-# much worth as one that you have found. Less than a minute to run.
+# The exercises stand at the end of [chapter 0](../00_attention.ipynb). Try them first: a solution that you
+# find is worth two that you read. Less than a minute to run.
 
 # %% tags=["colab-install"]
 import importlib.util
@@ -73,7 +73,8 @@ for n_kv_heads in (32, 8):
     print(f"{n_kv_heads:2} heads: {one / 1e9:.1f} GB a text, {80e9 // one:.0f} fit")
 
 # %% [markdown]
-# One text or six. (The weights, about $12 \cdot 32 \cdot 4096^2$ numbers, take 13 GB too.)
+# One text or six. (The weights are about $12 \cdot 32 \cdot 4096^2$ numbers: 13 GB. With 32 heads, a single text takes four
+# times as much.)
 
 # %% [markdown]
 # ## 0.3 A mask in the wrong place
