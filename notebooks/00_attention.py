@@ -888,7 +888,7 @@ assert first > late + 0.5 and abs(soon - late) < 0.1
 # %% [markdown]
 # At the first position the model has read a single character, and does no better than the table of what follows
 # what. A few characters later it has seen the start of the word that it is in. (From there on the curve goes up and down
-# in the same way for every seed, since all read the same windows of the text.) But the past *is* there, in the text, just before the
+# in the same way for every seed, mostly because all read the same windows of the text.) But the past *is* there, in the text, just before the
 # window; the model cannot see it. Its answer is the same, whatever it has read before:
 
 # %%
