@@ -22,7 +22,7 @@
 # %% [markdown]
 # The four papers of this book change one thing about the transformer: what it remembers. To see what
 # they change, you need the transformer itself. This chapter builds it, from a line of text to a model
-# that writes Shakespeare-like lines, and ends with the question that the rest of the book answers:
+# that writes Shakespeare-like lines, and ends with the question that the rest of the book begins with:
 # **what does it not remember?**
 #
 # **When you have read it, you can**
@@ -33,8 +33,8 @@
 #
 # **You need** PyTorch: tensors, `nn.Module`, `backward`. You need not know transformers.
 #
-# **Time and memory.** An hour to read, about a minute and half a GiB to run on two CPU cores. The last
-# cell prints what it took on your machine.
+# **Time and memory.** 75 minutes to read and 90 for the exercises; about a minute and half a GiB to run on two CPU
+# cores.
 
 # %% tags=["colab-install"]
 import importlib.util
@@ -100,10 +100,9 @@ print(corpus.text[:75])
 print("To be ->", corpus.vocab.encode("To be").tolist())
 
 # %% [markdown]
-# Large models use pieces of words instead, some 50,000 to 250,000 kinds. Characters suit a course
-# better. There is nothing to learn before you start, the table of tokens is tiny, and the model fits
-# two CPU cores. The price: a sentence is four or five times as many tokens long. For a book about
-# memory that is no drawback, since the end of the window is reached that much sooner.
+# Large models use pieces of words instead, some 50,000 to 250,000 kinds. With characters the table of tokens is
+# tiny, and the model fits two CPU cores. The price: a sentence is four or five times as many tokens long. For a book
+# about memory that is no drawback: the end of the window is reached that much sooner.
 #
 # A **language model** reads tokens and predicts the next one. It does so at every position at once:
 # after the first token it predicts the second, after the first two the third, and so on. The
@@ -122,7 +121,8 @@ for n in range(4):
 # *nats* per character. Papers on characters use the logarithm to base 2 instead and speak of *bits*;
 # a nat is $1 / \ln 2$, about 1.44 bits.
 #
-# Three simple models, which only count, set the scale. The first gives all characters the same
+# Three simple models set the scale. They count in the training text, the first nine tenths of the file, and are
+# measured on the rest, the validation text. The first gives all characters the same
 # probability. The second knows how often each occurs. The third knows, for each character, how often
 # each other one follows it.
 
@@ -152,15 +152,15 @@ figures.table(
 )
 
 # %% [markdown]
-# (The 0.01 gives pairs that never occur in the training text a small probability, so that the loss
-# stays finite.) Knowing the last character is worth a lot. Knowing what came before it is worth more; but with each
-# further character of context the table gets 65 times as large, and one for contexts of ten
+# (`index_put_` with `accumulate` counts the pairs. The 0.01 gives those that never occur in the training text a small
+# probability, so that the loss stays finite.) Knowing the last character is worth a lot. To know more, a table would
+# have to grow 65 times with each further character of context, and one for contexts of ten
 # characters could never be filled. A model has to *choose* what it looks at.
 #
 # ## 0.2 One query, by hand
 #
 # **Attention** is the choosing. Take the word `hello`. Suppose the model stands at the `o` and wants
-# to know which vowels the word has had so far. The `o` states what it looks for, in a vector called
+# to know where in the alphabet the vowels so far stand, on average. The `o` states what it looks for, in a vector called
 # the **query**. Each letter offers a vector that says what it is, its **key**, and one that says
 # what it has to tell, its **value**. We choose them by hand: a key is (vowel?, consonant?), and a
 # value is simply the letter's place in the alphabet.
@@ -178,7 +178,7 @@ print("scores ", scores.tolist())
 # **softmax** turns scores into weights, which are positive and sum to 1:
 #
 # $$
-# \text{weight}_j = \frac{\exp(\text{score}_j)}{\sum_i \exp(\text{score}_i)} .
+# \text{weight}_j = \frac{\exp(\text{score}_j)}{\sum_{j'} \exp(\text{score}_{j'})} .
 # $$
 
 # %%
@@ -197,14 +197,14 @@ assert abs(out.item() - 10) < 0.2
 
 # %% [markdown]
 # So the query has fetched what the two vowels had to tell, and left the consonants nearly unread.
-# *Nearly*: weights are never zero. That is what makes it trainable. The result changes smoothly with
+# *Nearly*, since weights are never zero. That is what makes it trainable. The result changes smoothly with
 # query, keys and values, so gradients tell each of them how to become more useful. In a model all
 # three are computed from the state of the token, by matrices that are learned.
 #
 # ### Why the scores are divided
 #
-# With two dimensions a score of 3 was plenty. What happens in more? The dot product of two random
-# vectors of $d$ numbers is a sum of $d$ products, and its spread grows like $\sqrt d$. Large scores
+# With two dimensions a score of 3 was plenty. The dot product of two random
+# vectors of $d$ numbers is a sum of $d$ products, and its spread (standard deviation) grows like $\sqrt d$. Large scores
 # make the softmax pick one key and ignore the rest. Then nothing is learned about the others: their
 # weights, and with them their gradients, are almost zero. So the scores are divided by
 # $\sqrt{d}$.
@@ -226,6 +226,8 @@ figures.table(
 )
 
 # %% [markdown]
+# Divided, the largest weight hardly depends on $d$.
+#
 # ### All queries at once, and no look ahead
 #
 # Every token asks. Put the queries in the rows of a matrix $Q$, the keys in the rows of $K$ and
@@ -235,7 +237,7 @@ figures.table(
 # \text{Attention}(Q, K, V) = \text{softmax}\left( \frac{Q K^\top}{\sqrt{d}} \right) V .
 # $$
 #
-# There is one thing that a query must not do. The model is trained to predict the next token at
+# But the model is trained to predict the next token at
 # every position, and the next token stands right there, one row below. So each query sees the keys
 # up to its own and none after: the **causal mask**. Before the softmax the scores of later keys
 # become minus infinity, and $\exp(-\infty) = 0$.
@@ -249,7 +251,7 @@ future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T): True where key > 
 
 def attend(Q, K, V):
     """Causal attention: Q, K, V (T, d) each -> weights (T, T), result (T, d)."""
-    scores = Q @ K.T / d**0.5  # (T, T): a row for each query
+    scores = Q @ K.T / Q.size(-1) ** 0.5  # (T, T): a row for each query
     weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (T, T)
     return weights, weights @ V
 
@@ -276,7 +278,7 @@ assert torch.equal(changed[:-1], out[:-1]) and not torch.equal(changed[-1], out[
 # large one. What they found is joined again, and a last matrix mixes it.
 #
 # In code, no loop over the heads is needed. The last dimension is cut into `H` parts, and the heads
-# become part of the batch. Watch the shapes:
+# move next to the batch. Watch the shapes:
 
 # %%
 B, T, H, d_model = 2, 5, 4, 32
@@ -291,7 +293,7 @@ print("and joined again      ", tuple(back.shape), "       (B, T, d_model)")
 assert torch.equal(back, x)
 
 # %% [markdown]
-# In the model it is the queries, keys and values that are cut into heads, and each of them is computed from the whole state.
+# In the model, queries, keys and values are computed from the whole state and then cut into heads.
 # PyTorch's matrix product then works on the last two dimensions, `T` and `d_head`, for each text and
 # each head by itself. The class below does just that. One matrix, `query_key_value`, makes queries,
 # keys and values of all heads in one product. For the rest, PyTorch has a function,
@@ -330,7 +332,7 @@ torch.manual_seed(SEED)
 attention = CausalAttention(d_model, n_heads=H, dropout=0.0)
 q, k, v = attention.query_key_value(x).chunk(3, dim=-1)  # (B, T, d_model) each
 found = torch.zeros(B, T, d_model)
-d = d_model // H  # attend divides by its root
+d = d_model // H
 for text in range(B):
     for head in range(H):
         part = slice(head * d, (head + 1) * d)
@@ -350,14 +352,16 @@ assert difference < 1e-6
 # \text{FF}(x) = W_2 \max(0, W_1 x + b_1) + b_2 .
 # $$
 #
-# Attention and feed-forward are the two **blocks** of a layer. Two more things make it possible to stack such
+# Attention and feed-forward are the two **blocks** of a layer. Two more things let you stack such
 # layers. The first is the **residual connection**: a
-# block does not replace the state $x$ of a token, it *adds* to it, $x + \text{block}(x)$. An untrained
-# layer then hands on what it got and adds something to it, and the gradient has a way back past every block. The second is
+# block does not replace the state $x$ of a token, it *adds* to it, $x + \text{block}(x)$. So the gradient has a way
+# back past every block. The second is
 # the **layer norm**. Since every block adds, states grow. The norm gives each block inputs of the same
 # size: it subtracts the mean of the `d_model` numbers of a state, divides by their standard deviation, and
 # then applies a learned factor and shift to each number. It stands *before* each block (pre-norm, or pre-LN), and
-# the block's output is added to the state without the norm: $x + \text{block}(\text{norm}(x))$. (`self.dropout`
+# the block's output is added to the state without the norm: $x + \text{block}(\text{norm}(x))$. (The [original
+# transformer](https://arxiv.org/abs/1706.03762) put it after the sum, which is [harder to
+# train](https://arxiv.org/abs/2002.04745). `self.dropout`
 # does to the outputs of blocks what `dropout` did to attention weights.)
 
 # %% tags=["from-module"]
@@ -434,7 +438,7 @@ assert twelve["Layer"][2] < 2 and twelve["WithoutNorm"][2] > 100
 # `Identity` does nothing: its line shows how alike the tokens were at the start. With residuals they stay
 # different. Without them, nothing carries a token's own vector past a block, and after twelve layers all
 # tokens are the same vector (a cosine of 1): there is nothing left to learn from. Without norms a block
-# answers to large states with large changes, which make the states larger still. With both, the twelve layers add
+# answers large states with large changes, which make the states larger still. With both, the twelve layers add
 # about the same amount, however large the states are that they get.
 #
 # ## 0.5 Where a token stands
@@ -451,8 +455,8 @@ print(f"the last token notices the shuffle: {bool(difference > 1e-6)}")
 assert difference < 1e-6
 
 # %% [markdown]
-# To one layer of attention, *dog bites man!* and *man bites dog!* are the same at the last token. (A stack of
-# layers can guess something of the order from the mask.) So each position gets a vector too, which is added
+# To one layer of attention, *dog bites man!* and *man bites dog!* are the same at the last token. (More layers can
+# guess something of the order from the mask.) So each position gets a vector too, which is added
 # to the embedding. The original transformer takes sines and cosines of the position $p$,
 # at $d_{\text{model}} / 2$ speeds from fast to slow:
 #
@@ -461,7 +465,7 @@ assert difference < 1e-6
 # \cos\left(p \,/\, 10\,000^{\,2k / d_{\text{model}}}\right) , \qquad k = 0, 1, \ldots, d_{\text{model}} / 2 - 1 .
 # $$
 #
-# Think of clock hands: the fast ones tell neighbours apart, the slow ones tell the start of the window
+# Think of clock hands: the fast ones tell neighbours apart, the slow ones the start of the window
 # from its end. Nothing is learned. (Lines that begin with `inputs.` only refuse what cannot work, and
 # say what would.)
 
@@ -503,20 +507,20 @@ figures.show(
 
 # %% [markdown]
 # The dot product of two of these vectors depends on their *distance* alone, and is largest for a
-# position with itself. Since $\sin a \sin b + \cos a \cos b = \cos(a - b)$, it is, for the positions $p$ and $q$,
+# position with itself. Since $\sin a \sin b + \cos a \cos b = \cos(a - b)$, it is, for the positions $p$ and $p + n$,
 #
 # $$
-# \sum_k \cos\left((p - q) \,/\, 10\,000^{\,2k / d_{\text{model}}}\right) ,
+# \sum_k \cos\left(n \,/\, 10\,000^{\,2k / d_{\text{model}}}\right) ,
 # $$
 #
-# which at distance 0 is a sum of $d_{\text{model}} / 2 = 32$ ones. Keep that in mind; chapter 1 builds on it.
+# which at distance 0 is a sum of $d_{\text{model}} / 2$ ones, 32 here. Chapter 1 builds on it.
 #
 # ### The whole model
 #
 # Characters and positions go in, `L` layers follow, then one more norm, and a last matrix, the **head** (not to be
 # confused with the heads of attention), makes one number for each character of the vocabulary: the **logits**. Their softmax is the prediction. All models of
-# this book are called in the same way, `logits, memory = model(tokens, memory)`. This one has no memory.
-# It takes `None` and returns `None`.
+# this book are called in the same way, `logits, memory = model(tokens, memory)`. This one has no memory:
+# it takes and returns `None`.
 
 # %% tags=["from-module"]
 class VanillaTransformer(nn.Module):
@@ -571,7 +575,7 @@ d, d_ff, L = SIZES["d_model"], SIZES["d_ff"], SIZES["n_layers"]
 of_attention = 4 * d * d  # queries, keys, values, and `out`
 of_feed_forward = 2 * d * d_ff + d_ff + d
 of_layer = of_attention + of_feed_forward + 4 * d  # two norms of 2 d numbers
-total = size * d + L * of_layer + 2 * d + (d + 1) * size
+total = size * d + L * of_layer + 2 * d + (d + 1) * size  # size: the vocabulary
 print(f"{count(model):,} parameters: {L} layers of {of_layer:,}, embedding, norm, head")
 assert count(model) == total
 
@@ -582,8 +586,8 @@ assert count(model) == total
 #
 # Training reads many pieces of text at once, `B` side by side. You could take pieces from anywhere.
 # This book cuts the text into `B` long **lanes** instead, and reads all lanes side by side, `T` tokens at
-# a time. Row 0 of the second batch *continues* row 0 of the first. The vanilla model makes nothing of
-# that. The others, whose memory goes from batch to batch, live on it.
+# a time. Row 0 of the second batch *continues* row 0 of the first. The vanilla model (the plain one, of this chapter)
+# makes no use of that. The others, whose memory goes from batch to batch, depend on it.
 
 # %%
 alphabet = torch.arange(26)
@@ -594,13 +598,12 @@ for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
 # %% [markdown]
 # Each lane has twelve letters, $(26 - 1) / 2$ without the remainder: the last letter of a lane needs a target too. So lane 0
 # ends with `l`, whose target is the `m` that begins lane 1; `z` is left over. When the lanes end before the training
-# does, it reads them again from the start, with memory empty as at the first time.
+# does, it reads them again from the start, with an empty memory.
 
 # %% [markdown]
 # ### The loop
 #
-# At its heart are five lines: predict and pass the memory on, measure the loss, clear the gradients, send the loss
-# back, take a step.
+# At its heart are five lines:
 #
 # ```python
 # memory = None
@@ -620,15 +623,14 @@ for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
 # - **AdamW** (`adamw`) scales the step of each weight by the size of its recent gradients, and shrinks
 # the matrices a little at each step.
 # - **Clipping**: a gradient longer than `clip` is shortened to that length, so that one odd batch does no
-# harm.
-# - `at_start` says which streams begin a new text, and so have to forget their memory (`read`).
-# - Targets of -100 do not count: the tasks of later chapters use them.
+# harm. (`clip_groups`: in chapter 2 two parts of a model are clipped apart.)
+# - `at_start` says which rows of the batch begin a new text, and so forget their memory (`read`).
+# - The streams of later chapters' tasks may end early, and their targets of -100 do not count.
 # - `aux` are losses that a model adds of its own (chapter 2).
 # - `autocast` computes in 16 bits on a GPU.
 #
-# This is the whole function, as it stands in `memtx_minimal/training.py`, but for its docstring; its helpers are in
-# the same file. You may change it
-# here; this notebook trains with the version below.
+# This is the whole function of `memtx_minimal/training.py`, but for its docstring; its helpers are in that file. You may
+# change it: the notebook trains with this version.
 
 # %% tags=["as-in-training", "band"]
 def train(
@@ -676,7 +678,8 @@ def train(
     return history
 
 # %% [markdown]
-# Train for less than a minute, on 16 lanes. The steps are a few more than one reading of the text takes.
+# Train for less than a minute, on 16 lanes; 1,200 steps read the text once and a fifth of it again. `by_position` is for
+# section 0.8.
 
 # %% tags=["band"]
 STEPS, LANES = 1200, 16
@@ -714,8 +717,7 @@ figures.show(
 )
 
 # %% [markdown]
-# The validation loss is the higher of the two: the validation text is the end of the file, with other plays
-# than the training text.
+# The validation loss is the higher of the two: that text was not in the training.
 
 # %%
 prompt = corpus.vocab.encode("KING ")
@@ -724,16 +726,15 @@ print(corpus.vocab.decode(text))
 
 # %% [markdown]
 # (The logits were divided by the `temperature` before the softmax; below 1, likely characters become likelier still.)
-# It writes words, many of them English, and lines that look like a play. It does not know who
-# speaks, or what was said.
+# It writes words, many of them English, and lines that look like a play. But it sees only the last 64 characters: who
+# spoke before, or what was said, it cannot know.
 #
 # ## 0.7 The key-value cache
 #
 # How does `generate` work? It reads the text so far (at most the last `T` characters), draws the next character from the prediction,
 # appends it, and reads it all again. The states of the earlier characters are computed anew each time,
-# and come out the same each time, as long as the text fits the window, since the mask lets them see nothing new. That is a waste. What
-# does the new character need of the earlier ones? Their keys and values, in each layer, and nothing
-# else. So keep these.
+# and come out the same each time, as long as the text fits the window, since the mask lets them see nothing new. That is a waste. All
+# that the new character needs of the earlier ones is their keys and values, in each layer. So keep these.
 
 # %%
 @torch.inference_mode()
@@ -789,9 +790,9 @@ print(f"{measure.nbytes(model.parameters()) / 2**10:,.0f} KiB")
 assert held == 2 * L * T * d * 4
 
 # %% [markdown]
-# For this small model that is little. In a large one, with long texts and many users, the cache is
+# That is little. In a large model, with long texts and many users, the cache is
 # often larger than the weights (exercise 0.2). How much time does it save? Take a model with a longer window
-# (untrained: weights do not change the time), and measure the time for *one more* character after `n`.
+# (untrained: weights do not change the time), and measure *one more* character after `n`.
 
 # %%
 lengths = [16, 64, 256, 1024]
@@ -808,7 +809,7 @@ def time_of_one(n, cached):
         return measure.seconds(lambda: long(text), rounds=9, device=device)
     shape = 1, SIZES["n_heads"], n, d // SIZES["n_heads"]
     full = [(torch.randn(shape, device=device),) * 2 for _ in range(L)]
-    step = lambda: one_more(long, token, list(full))
+    step = lambda: one_more(long, token, list(full))  # one_more alters its list
     return measure.seconds(step, rounds=9, device=device)
 
 
@@ -834,17 +835,20 @@ figures.show(
 )
 
 # %% [markdown]
+# Reading everything again takes longer with each character. With the cache the time hardly grows.
+#
 # ## 0.8 What does it not remember?
 #
 # And when the window is full? The cache cannot help. Its keys carry the positions at which they were
 # computed. Drop the oldest, and each of the others carries a position that is one too high (exercise 0.4). The model
 # can only start again, with a new window or with the last `T` characters moved to the front.
 #
-# So look at what starting afresh costs. Here is the validation loss at each position, one window after the
+# So look at what starting afresh costs: the validation loss at each position, one window after the
 # other, as in training. One training proves little, since another seed starts from other weights.
-# So this one was run for five seeds beforehand, by the function `positions_of_seed`. Their curves are
+# So `positions_of_seed` was run for five seeds beforehand. Their curves are
 # drawn in grey: a *band*. Your run should lie in it, give or take a margin, since other machines round
-# differently, and training amplifies that. (`band.check` says so if it does not, and stops the notebook.) All close comparisons of this book rest on such bands.
+# differently, and training amplifies that. (If it does not, `band.check` says so and stops the notebook.) All close
+# comparisons of this book rest on such bands.
 
 # %% tags=["band"]
 def positions_of_seed(seed):
@@ -878,15 +882,13 @@ figures.show(
 losses = live["vanilla"]
 first, soon, late = losses[0], sum(losses[8:16]) / 8, sum(losses[16:]) / (T - 16)
 print(f"first {first:.2f}, positions 8 to 15 {soon:.2f}, later {late:.2f} nats")
-print(f"each is a mean over {len(corpus.valid) // T:,} windows")
 assert abs(first - simple["what follows what"]) < 0.2
 assert first > late + 0.5 and abs(soon - late) < 0.1
 
 # %% [markdown]
-# At the first position the model has read a single character, and does what the table of what follows what did,
-# no better. A few characters later it has seen the start of the word that it is in. (From there on the curve goes up and down
-# in the same way for every seed. So that comes from the text, not from the model: all windows begin at the
-# same places of it.) But the past *is* there, in the text, just before the
+# At the first position the model has read a single character, and does no better than the table of what follows
+# what. A few characters later it has seen the start of the word that it is in. (From there on the curve goes up and down
+# in the same way for every seed, mostly because all read the same windows of the text.) But the past *is* there, in the text, just before the
 # window; the model cannot see it. Its answer is the same, whatever it has read before:
 
 # %%
@@ -899,17 +901,17 @@ print("the same after any past:", torch.equal(*after))
 assert torch.equal(*after)
 
 # %% [markdown]
-# (Why does the curve not go on falling? A model of this size, trained for a minute, finds little use for what is
-# more than a word or two away. That is not true of larger models, and not of all streams: in chapter 1 you meet
-# one where everything depends on what stands before the window.)
+# (Why does the curve not go on falling? A model of this size, trained for a minute, makes little use of more than the
+# last few characters. Larger models do, and in chapter 1 you meet a stream where everything depends on what stands
+# before the window.)
 #
 # ### Four answers
 #
 # A longer window is the plain remedy, and a costly one: attention compares every token with all before it, and
-# the cache grows with every token. The four papers of this book each give another answer. In the pictures a line runs
-# from a state up to the state that reads it. Blue is the current window, orange is memory, green is compressed memory, and
-# grey is not read. In the fourth a thick bar is one step, with all its layers mixed into the square on top; in the last, colours
-# mark groups of similar tokens.
+# the cache grows with every token. The four papers of this book each give another answer; the pictures bear their
+# chapters' numbers. A line runs from a state up to the state that reads it. Blue is the current window, orange is memory,
+# green is compressed memory, and grey is not read. In picture 3 a thick bar is one step, with all its layers mixed into the
+# square on top, and only what the last step reads is drawn; in picture 4 colours mark groups of similar tokens.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input", "front-figure"]
 figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
@@ -920,11 +922,11 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # - The **Compressive Transformer** (chapter 2) does not throw away what leaves that memory. It presses several
 # old states into one, and keeps those.
 # - The **Feedback Transformer** (chapter 3) asks *which* states to remember. It mixes all layers of a
-# step into one vector, and every layer reads it: what was worked out on top is known below, one step later.
-# - **Reformer** (chapter 4) leaves the memory and makes the window long. Each token looks only at the few
-# others that hashing finds to be alike.
+# step into one vector, which every layer reads: even the lowest layer knows what the highest worked out one step before.
+# - **Reformer** (chapter 4) has no memory: it makes the window long. Each token looks only at the few
+# others that hashing finds to be similar.
 #
-# Which of them to take for what, chapter 5 says, where all of them run side by side.
+# Chapter 5 runs them side by side, and says which to take for what.
 #
 # ### The letters of this book
 #
@@ -949,9 +951,10 @@ figures.show(figures.four_answers(), figures.FOUR_ANSWERS)
 # ## 0.9 What became of it
 #
 # The model of this chapter differs from a large language model of today in size, and in few
-# other things. Rotary embeddings have replaced added sinusoids; RMSNorm, which omits mean and shift, has replaced
-# the layer norm; gated feed-forwards have replaced those with a ReLU. Several heads often share keys and
-# values, to make the cache smaller. Causal attention, residuals, pre-norm and the cache have stayed.
+# other things. [Rotary embeddings](https://arxiv.org/abs/2104.09864), which turn queries and keys (exercise 0.7), have
+# replaced added sinusoids; [RMSNorm](https://arxiv.org/abs/1910.07467), which omits mean and shift, has replaced
+# the layer norm; [gated feed-forwards](https://arxiv.org/abs/2002.05202) have replaced those with a ReLU. Several heads
+# often [share keys and values](https://arxiv.org/abs/1911.02150), to make the cache smaller. Causal attention, residuals, pre-norm and the cache have stayed.
 
 # %% [markdown]
 # ## 0.10 Exercises
@@ -977,7 +980,7 @@ exercises.check("0.1", my_attention)
 #
 # </details>
 #
-# **0.2 The size of a cache** *(derive; easy; 10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its cache
+# **0.2 The size of a cache** *(derive; easy; 10 minutes)* A model has 32 layers, `d_model` 4,096 and 32 heads, and keeps its weights (13 GB) and its cache
 # in numbers of 2 bytes. How many bytes do `B` texts of `T` tokens take, if only `n_kv_heads` of the 32 heads have keys and values of their
 # own, which the others share? And how many texts of 100,000 tokens fit into 80 GB set aside for the cache: with 32 key-value heads, and with 8?
 
@@ -995,7 +998,7 @@ exercises.check("0.2", my_cache)
 #
 # </details>
 #
-# **0.3 A mask in the wrong place** *(find the fault; middle; 10 minutes)* No weight lies on the future here, and yet the future is felt. How?
+# **0.3 A mask in the wrong place** *(find the fault; middle; 10 minutes)* No weight lies on the future here, and yet the future is felt. How? Mend it.
 
 # %% tags=["exercise"]
 def my_weights(scores):
@@ -1028,13 +1031,13 @@ exercises.check("0.4", my_slide, model)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `empty_cache` and `one_more` of section 0.7 do nearly everything. The cache is a list with a pair (k, v) for each layer, (B, H, tokens, d_head) each.
+# `empty_cache` and `one_more` of section 0.7 do nearly everything; the position is the number of tokens in the cache. The cache is a list with a pair (k, v) for each layer, (B, H, tokens, d_head) each.
 #
 # </details>
 #
-# **0.5 What causes the blind start?** *(experiment; middle; 15 minutes)* Predict each of `n` characters from the 64 before
-# it, and take the mean loss; the first of them is the first character of the stream that has 64 before it. For `n = 6400`, 256 windows at a time, compare with the loss of the same
-# characters in windows side by side, `training.token_losses(model, corpus.valid[: n + 65], batch_size=1,
+# **0.5 What causes the blind start?** *(experiment; middle; 15 minutes)* As [Al-Rfou et al.](https://arxiv.org/abs/1808.04444)
+# do, predict each of the `n` characters `stream[64 : 64 + n]` from the 64 before it, and take the mean loss. For
+# `n = 6400`, 256 windows at a time, compare with the loss of the same characters in windows side by side, `training.token_losses(model, corpus.valid[: n + 65], batch_size=1,
 # segment_len=64)[0, 63 : n + 63].mean()`. What is gained, and what does it cost?
 
 # %% tags=["exercise"]
@@ -1053,8 +1056,8 @@ exercises.check("0.5", my_sliding, model, corpus.valid)
 # </details>
 #
 # **0.6 Does it notice?** *(predict; middle; 10 minutes)* The first two tokens of a text of five are exchanged. Do the
-# logits of the *last* token stay the same? Take models with a causal mask, random weights and no positions,
-# with one layer and with two; and one layer with positions. Write True or False.
+# logits of the *last* token stay the same? All three models have a causal mask and random weights; the first two have
+# no positions, the third has one layer and positions. Write True or False.
 
 # %% tags=["exercise"]
 my_same = {"one layer": ..., "two layers": ..., "with positions": ...}
@@ -1068,7 +1071,7 @@ exercises.check("0.6", my_same)
 #
 # </details>
 #
-# **0.7 Positions turn** *(derive; hard; 20 minutes)* The vector of position $p + n$ is that of position $p$, turned:
+# **0.7 Positions turn** *(derive; hard; 20 minutes)* Let $U_p$ be the vector of position $p$ (section 0.5). That of $p + n$ is the same vector, turned:
 # $U_{p+n} = U_p \, W_n$ with the same matrix $W_n$ for all $p$. Which one?
 
 # %% tags=["exercise"]

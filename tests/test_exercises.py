@@ -326,12 +326,21 @@ def sliding(model, stream, n, first=0, width=64):
     return F.cross_entropy(model(windows)[0][:, -1], stream[64 + first : 64 + first + n]).item()
 
 
+@torch.no_grad()
+def of_windows(model, stream, n, last, ahead):
+    """The mean loss of the last predictions of n windows, each of the token so far ahead."""
+    windows, targets = (s[: n + 63].unfold(0, 64, 1) for s in (stream, stream[ahead:]))
+    return F.cross_entropy(model(windows)[0][:, -last:].flatten(0, 1), targets[:, -last:].flatten()).item()
+
+
 def test_sliding(vanilla):
     stream = torch.randint(10, (200,), generator=torch.Generator().manual_seed(0))
     check("0.5", sliding, vanilla, stream)
     refused("0.5", lambda *a: sliding(*a, first=1), vanilla, stream, why="character 64 is the first")
     refused("0.5", lambda *a: sliding(*a, width=63), vanilla, stream, why="not from 63")
     refused("0.5", lambda m, s, n: n * sliding(m, s, n), vanilla, stream, why="n = 30: .*\nhint: the mean")
+    for last, ahead, why in [(64, 1, "the last prediction of each"), (1, 0, "the target comes after its window")]:
+        refused("0.5", lambda *a: of_windows(*a, last, ahead), vanilla, stream, why=why)
     refused("0.5", lambda *a: math.nan, vanilla, stream, why="n = 1: ")
 
 
@@ -344,7 +353,7 @@ def turn(n, d_model, sign=1):
 
 def test_turn():
     check("0.7", turn)
-    refused("0.7", lambda *a: turn(*a, sign=-1), why=r"(?s)my_turn\(1, 2\): dimensions \[0, 1\].*it turns back")
+    refused("0.7", lambda *a: turn(*a, sign=-1), why=r"(?s)my_turn\(1, 2\): 2 dimensions are wrong, first \[0, 1\].*it turns back")
     refused("0.7", lambda *a: turn(*a).T, why="it turns back")
     refused("0.7", lambda n, d: torch.eye(d // 2), why=r"a tensor \(2, 2\), and is a tensor \(1, 1\)")
     order = lambda d: torch.arange(d).view(2, -1).T.flatten()

@@ -44,6 +44,7 @@ compare(
             lambda *qkv: one_by_one(*qkv, last=2)
         ),
         "no query may see a later key": lambda *qkv: one_by_one(*qkv, last=len(qkv[0])),
+        "query t may see its own key, too": lambda *qkv: one_by_one(*qkv, last=0),
         "divide by the root of d, not by d": (
             lambda q, k, v: one_by_one(q, k, v, scale=q.size(1))
         ),
@@ -97,6 +98,9 @@ compare(
     mistakes={
         "a score of 0 is not nothing: what softmax leaves out is minus infinity": (
             lambda s: without_future(s, 0.0).softmax(dim=-1)
+        ),
+        "a token may see itself: the diagonal stays": (
+            lambda s: s.masked_fill(torch.ones_like(s).triu() > 0, -math.inf).softmax(-1)
         ),
         "each row sums to 1, not each column": (
             lambda s: without_future(s, -math.inf).softmax(dim=0)
@@ -153,12 +157,12 @@ def check_sliding(my_sliding, model, stream):
     """The mean loss of characters with 64 before them."""
     device = model.head.weight.device
 
-    def loss(n, first=64, width=64):
+    def loss(n, first=64, width=64, last=1, ahead=1):
         found = []
         for t in range(first, first + n):
-            window, target = stream[t - width : t][None], stream[t : t + 1]
-            logits = model(window.to(device))[0][:, -1]
-            found.append(F.cross_entropy(logits.cpu(), target.cpu()).item())
+            window, targets = stream[t - width : t], stream[t - width + ahead : t + ahead]
+            logits = model(window[None].to(device))[0][0, -last:].cpu()
+            found.append(F.cross_entropy(logits, targets[-last:].cpu()).item())
         return sum(found) / n
 
     for n in (1, 30):
@@ -170,6 +174,8 @@ def check_sliding(my_sliding, model, stream):
             }
             hints["each from the 64 before it, not from 63"] = loss(n, width=63)
             hints["the mean, not the sum"] = n * right
+            hints["what counts is the last prediction of each window"] = loss(n, last=64)
+            hints["the target comes after its window"] = loss(n, ahead=0)
             told = [
                 f"\nhint: {h}"
                 for h, wrong in hints.items()
@@ -206,9 +212,8 @@ def check_turn(my_turn):
         if not differ(later, now @ turn, 1e-3):
             continue
         off = (now @ turn - later).abs().amax(dim=0)  # (d_model,)
-        words = (
-            f"{case}: dimensions {(off > 1e-3).nonzero().flatten().tolist()} are wrong"
-        )
+        wrong = (off > 1e-3).nonzero().flatten().tolist()
+        words = f"{case}: {len(wrong)} dimensions are wrong, first {wrong[:4]}"
         words += f"\nmatrix: {show(turn)}" if d_model == 2 else ""
         if not differ(now, later @ turn, 1e-3):
             words += "\nhint: it turns back: the signs of the sines, or the transpose"
