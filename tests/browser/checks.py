@@ -74,6 +74,26 @@ LISTS = """() => [...document.querySelectorAll("article ol[start]")]
 MOVES = """() => [...document.querySelectorAll("article img")]
   .filter((img) => /\\.gif$|^data:image\\/gif/.test(img.src)).map((img) => img.src.slice(-60))"""
 
+# Axe does not judge what has a gradient behind it. A gradient of ours has the colour under it.
+FAINT = """() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const linear = (v) => (v <= 10 ? v / 3295 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+    const [red, green, blue] = numbers(colour).map(linear);
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const under = (el) => {
+    const colour = getComputedStyle(el).backgroundColor;
+    return numbers(colour)[3] === 0 ? under(el.parentElement) : colour;
+  };
+  const faults = [];
+  for (const el of document.querySelectorAll("article :is(caption, td, th, p, li)")) {
+    const [dark, bright] = [getComputedStyle(el).color, under(el)].map(light).sort((a, b) => a - b);
+    if (bright + 0.05 < 4.5 * (dark + 0.05)) faults.push(`faint: ${el.textContent.trim().slice(0, 60)}`);
+  }
+  return faults;
+}"""
+
 PICTURES = """() => [...document.images].filter((img) => !img.complete || !img.naturalWidth)
   .map((img) => `not loaded: ${img.src.slice(-60)}`)"""
 
@@ -152,6 +172,10 @@ def lists(page):
 
 def moves(page):
     return page.evaluate(MOVES)
+
+
+def faint(page):
+    return page.evaluate(FAINT)
 
 
 def pictures(page):

@@ -21,6 +21,7 @@ FAULTS = {
     "a button has no name": (checks.axe, 1280, "html", "<button></button>"),
     "a list has other children": (checks.axe, 1280, "html", "<ul><div>x</div></ul>"),
     "grey on grey": (checks.axe, 1280, "style", ".bd-article p { color: #bbb }"),
+    "a caption is faint": (checks.faint, 1280, "html", "<div style='background: #fff linear-gradient(#fff, #eee)'><table><caption style='color: #ccc'>x</caption></table></div>"),
     "a picture has no words": (checks.axe, 390, "html", "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>"),
 }  # fmt: skip
 
