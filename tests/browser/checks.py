@@ -87,7 +87,7 @@ FAINT = """() => {
     return numbers(colour)[3] === 0 ? under(el.parentElement) : colour;
   };
   const faults = [];
-  for (const el of document.querySelectorAll("article :is(caption, td, th, p, li)")) {
+  for (const el of document.querySelectorAll("article :is(caption, td, th, p, li), #pst-back-to-top")) {
     const [dark, bright] = [getComputedStyle(el).color, under(el)].map(light).sort((a, b) => a - b);
     if (bright + 0.05 < 4.5 * (dark + 0.05)) faults.push(`faint: ${el.textContent.trim().slice(0, 60)}`);
   }

@@ -67,6 +67,9 @@ def test_search_for_nothing_and_for_what_is_not_there(page, site):
     page.goto(f"{site}/search.html")
     assert page.locator("#search-results li").count() == 0
     page.goto(f"{site}/search.html?q=<b>zebra</b>")
+    icon, field = page.locator("main .bd-search svg"), page.locator("main .bd-search input")
+    room = field.evaluate("(field) => field.getBoundingClientRect().x + parseFloat(getComputedStyle(field).paddingLeft)")
+    assert icon.bounding_box()["x"] + icon.bounding_box()["width"] <= room  # not over what is typed
     assert page.locator("#search-results").inner_text() == "No sections with “<b>zebra</b>”."
 
 
