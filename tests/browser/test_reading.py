@@ -12,6 +12,14 @@ def chapter(page, site):
     return page
 
 
+def test_the_first_screen_says_where_to_start(page, folder):
+    page.goto(f"{folder}/index.html")
+    for width, height in (1280, 800), (390, 844):
+        page.set_viewport_size({"width": width, "height": height})
+        start = page.locator("article a[href*='00_attention']").first
+        assert start.bounding_box()["y"] < height - 50, width
+
+
 def test_code_that_draws_is_folded(chapter):
     folded = chapter.locator("details.hide").first
     code = folded.locator("pre").first
