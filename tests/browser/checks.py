@@ -23,6 +23,10 @@ WIDE = """() => {
     if (el.matches("pre") && el.scrollWidth > el.clientWidth + 1) seen("code", el);
     else if (box.right > right && !el.closest(scrolls)) seen(el.tagName, el);
   }
+  for (const box of article.querySelectorAll(scrolls))
+    if (box.scrollWidth > box.clientWidth + 1)
+      for (const el of box.querySelectorAll("tr, th, td"))
+        if (getComputedStyle(el).backgroundColor.startsWith("rgb(")) seen("hides that more follows", el);
   for (const el of article.querySelectorAll("div.math"))
     if (el.scrollWidth > el.clientWidth + 1) seen("equation", el);
   return faults;
@@ -84,7 +88,7 @@ FAINT = """() => {
   };
   const under = (el) => {
     const colour = getComputedStyle(el).backgroundColor;
-    return numbers(colour)[3] === 0 ? under(el.parentElement) : colour;
+    return (numbers(colour)[3] ?? 1) < 0.5 ? under(el.parentElement) : colour;
   };
   const faults = [];
   for (const el of document.querySelectorAll("article :is(caption, td, th, p, li), #pst-back-to-top")) {
