@@ -44,6 +44,7 @@ body { background: #fff; }
 nav.whole { break-before: page; }
 nav.whole ul { list-style: none; padding-left: 0; }
 nav.whole ul ul { padding-left: 1.5em; }
+nav.whole li:has(> ul) > a { break-after: avoid; }
 nav.whole li > a { display: flex; text-decoration: none; color: inherit; }
 nav.whole li > a > .number { margin-left: auto; padding-left: 1em; }
 nav.whole > ul > li { margin-top: 0.6em; font-weight: 600; }
@@ -91,7 +92,8 @@ def article(html, page, whole):
     for tag in text.find_all("details"):
         tag["open"] = ""
     for tag in text.find_all("img", src=True):
-        tag["src"] = local(page, tag["src"])[0]
+        if found := local(page, tag["src"]):  # a picture in the page itself stays
+            tag["src"] = found[0]
         tag["loading"] = "eager"
     for tag in text.find_all("a", href=True):
         if (found := local(page, tag["href"])) is None:
@@ -113,7 +115,7 @@ def contents(articles, numbers):
 
     def line(anchor, heading):
         number = numbers.get(anchor, "")
-        return f'<a href="#{anchor}">{heading}<span class="number">{number}</span></a>'
+        return f'<a href="#{anchor}"><span>{heading}</span><span class="number">{number}</span></a>'
 
     for text in articles:
         sections = text.select("h2")
@@ -191,7 +193,7 @@ def print_book(folder, whole, path):
                 )  # fmt: skip
                 numbers = page_numbers(pdf)
         finally:
-            merged.unlink()
+            merged.unlink(missing_ok=True)
             browser.close()
     return pdf
 

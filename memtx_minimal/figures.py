@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -130,14 +131,20 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}", colors=None):
 
 
 def table(caption, header, rows):
-    """Display an HTML table: its first column to the left, all others to the right."""
+    """Display an HTML table: columns of words to the left, of numbers to the right."""
+    rows = [list(row) for row in rows]
+
+    def side(cells):
+        n_numbers = sum(bool(re.match(r"\W*(\d|$)", str(cell))) for cell in cells)
+        return "right" if 2 * n_numbers > len(cells) else "left"
+
+    sides = ["left"] + [side(cells) for _, *cells in list(zip(header, *rows))[1:]]
 
     def line(cells, tag):
-        sides = ["left"] + ["right"] * (len(cells) - 1)
         cell = '<{0} style="text-align: {1}">{2}</{0}>'
         return "".join(cell.format(tag, side, text) for side, text in zip(sides, cells))
 
-    body = "".join(f"<tr>{line(list(row), 'td')}</tr>" for row in rows)
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     head = f"<thead><tr>{line(header, 'th')}</tr></thead>"
     caption = f"<caption>{caption}</caption>"
     display(HTML(f"<table>{caption}{head}<tbody>{body}</tbody></table>"))

@@ -608,7 +608,7 @@ exercises.check("B.6", my_count)
 #
 # </details>
 #
-# **Without a check.** *(20 minutes)* Change `PAIRS` to 2**15, 2**17, 2**21 and 2**24, and time `fast`. Where is the best place on your machine, and what does
+# **Without a check.** *(20 minutes)* Change `PAIRS` to `2**15`, `2**17`, `2**21` and `2**24`, and time `fast`. Where is the best place on your machine, and what does
 # the size of its cache say?
 
 # %% [markdown]

@@ -2,10 +2,12 @@
 
 import base64
 import io
+import re
 
 import build
 import nbformat
 import pytest
+import sync
 from bs4 import BeautifulSoup
 from PIL import Image
 
@@ -61,3 +63,23 @@ def test_the_front_page_moves_to_the_root(tmp_path):
         "[a](notebooks/00.ipynb) [b](book/quiz.md) ![c](book/_static/c.png) [d](https://e.org) [f](#g)"
     )
     assert not (tmp_path / "book" / "intro.md").exists()
+
+
+PAGES = [*sync.ROOT.glob("book/*.md"), *sync.ROOT.glob("notebooks/**/*.ipynb")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_line_does_not_begin_a_list_by_chance_nor_a_power_bold_type(path):
+    """As "16 + 16" does, if it is broken before the plus, and 2**15 with another such."""
+    texts = [sync.read(path)]
+    if path.suffix == ".ipynb":
+        nb = nbformat.read(path, as_version=4)
+        texts = [cell.source for cell in nb.cells if cell.cell_type == "markdown"]
+    for text in texts:
+        text = re.sub(r"(?ms)^(\s*)(```|~~~).*?^\1\2|\$\$.*?\$\$", "", text)
+        for paragraph in re.split(r"\n\s*\n", text):
+            first, *lines = paragraph.strip("\n").split("\n")
+            begins_list = r"\s*([-+*]|1[.)])\s"
+            if not re.match(begins_list + r"|\s*(\d+\.|[#<:(])|.*(:|\*\*)$", first):
+                assert not [line for line in lines if re.match(begins_list, line)]
+        assert not re.findall(r"\d\*\*\d.*", re.sub(r"`[^`\n]*`", "", text))

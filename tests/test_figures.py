@@ -1,6 +1,7 @@
 """Figures show the numbers that they are given, and say in words what they show."""
 
 import io
+import re
 
 import matplotlib
 import numpy as np
@@ -152,6 +153,13 @@ def test_a_table_has_its_caption_and_every_cell(shown):
     html = shown[0].data
     assert "<caption>the caption</caption>" in html and html.count("<tr>") == 3
     assert all(f">{cell}</t" in html for cell in ("model", "loss", "a", 1, "b", "2.50"))
+
+
+def test_a_table_has_numbers_to_the_right_and_words_to_the_left(shown):
+    rows = [["1", "-1.5", "a few words", ""], ["2", "(3 of 4)", "5 words", "7"], ["3", "none", "words", "–"]]
+    figures.table("", ["n", "number", "why", "gaps"], rows)
+    for line in shown[0].data.split("</tr>")[:-1]:
+        assert re.findall(r"text-align: (\w+)", line) == ["left", "right", "left", "right"]
 
 
 def test_feedback_unrolled_leads_from_every_earlier_square_to_every_layer(axes):

@@ -23,6 +23,10 @@ WIDE = """() => {
     if (el.matches("pre") && el.scrollWidth > el.clientWidth + 1) seen("code", el);
     else if (box.right > right && !el.closest(scrolls)) seen(el.tagName, el);
   }
+  for (const box of article.querySelectorAll(scrolls))
+    if (box.scrollWidth > box.clientWidth + 1)
+      for (const el of box.querySelectorAll("tr, th, td"))
+        if (getComputedStyle(el).backgroundColor.startsWith("rgb(")) seen("hides that more follows", el);
   for (const el of article.querySelectorAll("div.math"))
     if (el.scrollWidth > el.clientWidth + 1) seen("equation", el);
   return faults;
@@ -73,6 +77,26 @@ LISTS = """() => [...document.querySelectorAll("article ol[start]")]
 
 MOVES = """() => [...document.querySelectorAll("article img")]
   .filter((img) => /\\.gif$|^data:image\\/gif/.test(img.src)).map((img) => img.src.slice(-60))"""
+
+# Axe does not judge what has a gradient behind it. A gradient of ours has the colour under it.
+FAINT = """() => {
+  const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const linear = (v) => (v <= 10 ? v / 3295 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+    const [red, green, blue] = numbers(colour).map(linear);
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const under = (el) => {
+    const colour = getComputedStyle(el).backgroundColor;
+    return (numbers(colour)[3] ?? 1) < 0.5 ? under(el.parentElement) : colour;
+  };
+  const faults = [];
+  for (const el of document.querySelectorAll("article :is(caption, td, th, p, li), #pst-back-to-top")) {
+    const [dark, bright] = [getComputedStyle(el).color, under(el)].map(light).sort((a, b) => a - b);
+    if (bright + 0.05 < 4.5 * (dark + 0.05)) faults.push(`faint: ${el.textContent.trim().slice(0, 60)}`);
+  }
+  return faults;
+}"""
 
 PICTURES = """() => [...document.images].filter((img) => !img.complete || !img.naturalWidth)
   .map((img) => `not loaded: ${img.src.slice(-60)}`)"""
@@ -152,6 +176,10 @@ def lists(page):
 
 def moves(page):
     return page.evaluate(MOVES)
+
+
+def faint(page):
+    return page.evaluate(FAINT)
 
 
 def pictures(page):

@@ -8,6 +8,7 @@ FAULTS = {
     "code is cut": (checks.wide, 1280, "style", "pre { white-space: pre !important; overflow: hidden } pre code, pre span { font-size: 3rem }"),
     "88 columns have no room": (checks.wraps, 1280, "style", ".bd-article-container { max-width: 500px !important }"),
     "an equation is cut": (checks.wide, 390, "html", "<div class='math' style='display:block'><div style='width: 900px'>x</div></div>"),
+    "a table hides that more follows": (checks.wide, 390, "html", "<div class='pst-scrollable-table-container'><table><tr><td style='background: #eee !important; min-width: 900px'>x</td></tr></table></div>"),
     "an equation is too small": (checks.small, 390, "html", "<div class='math' style='display: block'><svg width='900px' height='20px'></svg></div>"),
     "an equation is wrong": (checks.equations, 390, "html", "<span class='math'><mjx-container><mjx-merror title='Undefined'></mjx-merror></mjx-container></span>"),
     "an equation is not set": (checks.equations, 390, "html", r"<span class='math'>\(x\)</span>"),
@@ -21,6 +22,7 @@ FAULTS = {
     "a button has no name": (checks.axe, 1280, "html", "<button></button>"),
     "a list has other children": (checks.axe, 1280, "html", "<ul><div>x</div></ul>"),
     "grey on grey": (checks.axe, 1280, "style", ".bd-article p { color: #bbb }"),
+    "a caption is faint": (checks.faint, 1280, "html", "<div style='background: #fff linear-gradient(#fff, #eee)'><table><caption style='color: #ccc'>x</caption></table></div>"),
     "a picture has no words": (checks.axe, 390, "html", "<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='>"),
 }  # fmt: skip
 

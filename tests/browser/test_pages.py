@@ -35,6 +35,7 @@ def test_a_page(page, folder, site, name):
         checks.set_size(page, width)
         checks.set_theme(page, theme)
         assert not checks.axe(page), (width, theme)
+        assert not checks.faint(page), (width, theme)
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

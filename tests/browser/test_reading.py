@@ -12,6 +12,14 @@ def chapter(page, site):
     return page
 
 
+def test_the_first_screen_says_where_to_start(page, folder):
+    page.goto(f"{folder}/index.html")
+    for width, height in (1280, 800), (390, 844):
+        page.set_viewport_size({"width": width, "height": height})
+        start = page.locator("article a[href*='00_attention']").first
+        assert start.bounding_box()["y"] < height - 50, width
+
+
 def test_code_that_draws_is_folded(chapter):
     folded = chapter.locator("details.hide").first
     code = folded.locator("pre").first
@@ -67,6 +75,9 @@ def test_search_for_nothing_and_for_what_is_not_there(page, site):
     page.goto(f"{site}/search.html")
     assert page.locator("#search-results li").count() == 0
     page.goto(f"{site}/search.html?q=<b>zebra</b>")
+    icon, field = page.locator("main .bd-search svg"), page.locator("main .bd-search input")
+    room = field.evaluate("(field) => field.getBoundingClientRect().x + parseFloat(getComputedStyle(field).paddingLeft)")
+    assert icon.bounding_box()["x"] + icon.bounding_box()["width"] <= room  # not over what is typed
     assert page.locator("#search-results").inner_text() == "No sections with “<b>zebra</b>”."
 
 
