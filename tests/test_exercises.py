@@ -185,7 +185,7 @@ def test_differences_are_named():
     assert show(a) == "[[1, 2], [3, nan]]"
     assert show({2, 1}) == "{1, 2}" and show([1, 2]) == "[1, 2]"
     assert show({"a": a[0].numpy()}) == "{'a': [1, 2]}"
-    refused("5.4", lambda values: list(my_ties(values)), why=r"should be \{'a', 'b'\}, and is \['")
+    refused("5.4", lambda values: list(my_ties(values)), why="should return a set, and returns a list")
     refused("B.1", lambda scores: scores.exp2() / scores.exp2().sum() * math.nan, why="got:      .nan, nan")
 
 
