@@ -15,7 +15,7 @@ from memtx_minimal import inputs, vanilla_transformer
 
 def rotate(x, positions):
     """Turn x (B, K, H, d_head) by angles in proportion to positions (K,): products then
-    depend on distances. Su et al., "RoFormer" (2021), section 3.4.2, by halves."""
+    depend on distances. Su et al., "RoFormer" (2021), section 3.2.2, by halves."""
     half, exact = x.size(-1) // 2, torch.promote_types(x.dtype, torch.float32)
     steps = torch.arange(half, dtype=exact, device=x.device) / half
     angles = positions[:, None, None] * 10_000**-steps  # (K, 1, d_head / 2)
@@ -149,7 +149,7 @@ class Pooled(nn.Module):
 
 def delta_rule(q, k, v, alpha, beta, S):
     """S <- alpha S (I - beta k k^T) + beta v k^T, then S q. Yang et al., "Gated Delta
-    Networks" (2024), equation 10. q, k, v and S q (B, H, T, d_head), alpha and beta
+    Networks" (2024), section 3.1. q, k, v and S q (B, H, T, d_head), alpha and beta
     (B, H, T), S (B, H, d_head, d_head)."""
     read = []
     for t in range(q.size(2)):
