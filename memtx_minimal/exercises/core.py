@@ -303,7 +303,8 @@ def alike(wrong, mine, case, atol):
 def kind(value):
     if isinstance(value, torch.Tensor):
         return f"a tensor {tuple(value.shape)}"
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    word = "nothing" if value is None else type(value).__name__
+    return word if value is None else f"a{'n' * (word[0] in 'aeiou')} {word}"
 
 
 def show(value):
