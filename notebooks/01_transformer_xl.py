@@ -1003,9 +1003,7 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # those of the segment is *worse than no memory*.
 #
 # No two of the four bands overlap, so this order is not the luck of a seed, at this size, after this
-# many steps and on this text. Your own numbers may differ from those of seed 0: another machine
-# rounds differently, and many steps later that has the effect of another seed. The cell above asks
-# them to lie in the band, give or take 0.02 nats.
+# many steps and on this text. The cell above asks your run to lie in the band, give or take 0.02 nats.
 #
 # The paper's Table 6, perplexity ($e$ to the nats per token) on WikiText-103, each model evaluated with the context that suits it best:
 #
@@ -1018,8 +1016,8 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # Three of our four corners are in this table, and they come in the same order. (What memory adds does
 # not come from the additional weights of relative attention: the models with and without memory have the same number of them.)
 #
-# Most of the sections that follow measure these same models under other conditions of *evaluation*. What they
-# measure was recorded as well, for five seeds, by a function that you will meet when all its parts are known:
+# Most sections that follow measure these same models under other conditions of *evaluation*. What they
+# measure was recorded for five seeds, too:
 
 # %%
 seen = bands.load("01_lengths", corpus.name)
@@ -1064,7 +1062,7 @@ blind = {name: loss[0] - loss[8:].mean() for name, loss in by_position.items()}
 assert blind["vanilla"] > 0.5 and abs(blind["Transformer-XL"]) < 0.15
 
 # %% [markdown]
-# So it is: Transformer-XL's first position is hardly worse off than its mean. (The means here leave out the rest of each lane that
+# Transformer-XL's first position is hardly worse off than its mean. (The means here leave out the rest of each lane that
 # does not fill a segment; the losses of the ablation have it.)
 
 # %% [markdown]
@@ -1170,7 +1168,7 @@ print(f"the neighbour's {exchanged.mean():.2f}")
 assert exchanged.max() < 0.25
 
 # %% [markdown]
-# The last panel is worth a second look. The model with two layers reaches far enough for every question: even the first query of a
+# The model with two layers reaches far enough for every question: even the first query of a
 # segment feels $32 + 16 = 48$ tokens back, since the oldest state in its memory belongs to a segment that began 32 tokens ago with
 # a memory of 16. The answer, 32 tokens back, could have come in two steps of 16: a state in memory picks it
 # up in layer 1, and the query reads that state in layer 2. The model has not learned to. Within
@@ -1393,8 +1391,8 @@ assert (gains_of_seeds > 0).all() and (gains_of_seeds < 0.03).all()
 # this comes from the relative positions: in the figure, the model that has only these does about as well. At 16 characters it is ahead in every seed too, but by little: vanilla met contexts of 1 to 32 in training, and Transformer-XL, once
 # its memory was full, only 33 to 64.
 #
-# The vanilla model can have nothing from beyond its window. From 16 to 32 characters it even gets worse, in every seed; the last
-# positions of a window are among its poorer ones in the section on blind starts, too. Why, we have not found out. The model with relative positions that was trained without
+# The vanilla model can have nothing from beyond its window. From 16 to 32 characters it even gets worse, in every seed. Why,
+# we have not found out. The model with relative positions that was trained without
 # memory can be given more, and does worse with it: it has never met a distance above 31. That is no law. In the
 # paper's Table 6 such a model, far larger, gains from it: its perplexity is 29.59 at the length of training and 29.02 at 260. Here only the
 # model that was trained with memory gains from beyond the segment: about a hundredth of a nat, in every seed.
@@ -1489,8 +1487,8 @@ figures.table(
 # %% [markdown]
 # At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one or two steps apart, and new places
 # alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: what the model without
-# memory loses beyond 32 does not show. (Vanilla gains from 16 to 32, although its mean loss rises there: only the places count where it beats
-# $b$. Beyond 32 its gain is 0 by construction.) The paper's models differ
+# memory loses beyond 32 does not show. (Vanilla's mean loss rises from 16 to 32, but only the places count where it beats
+# $b$.) The paper's models differ
 # by hundreds of words (Table 8; its first three rows are one group with a $b$ of its own, the others a second):
 #
 # | | r = 0.1 | r = 0.5 | r = 1 |
@@ -1576,7 +1574,7 @@ assert (share[:, 0] > share[:, -1] + 0.2).all()
 assert by_age[:, :4].sum(dim=1).mean() > 0.5
 
 # %% [markdown]
-# Most attention goes to the latest few characters, the query's own among them. That is why the memory
+# Most attention goes to the latest few characters. That is why the memory
 # matters most at the start of a segment, where the latest few characters *are* the memory.
 #
 # Attention alone does not show that something is used. So exchange the memory, as before: give each lane the memory of its
@@ -1779,7 +1777,7 @@ figures.table(
 
 # %% [markdown]
 # From 800 to 3,800 tokens the factor grows with both kernels, as in the paper; at the long end the fused kernel is the faster one, and its
-# factor the smaller. Single points are rough: each is the middle of three runs, on a machine that may have other things to do. The factor also depends on the
+# factor the smaller. Single points are rough: each is the middle of three runs. The factor also depends on the
 # machine, on the width (the wider the layer, the less attention weighs against the projections), and on the length of
 # the segment, since the memory is paid for once a segment.
 
@@ -1788,8 +1786,8 @@ figures.table(
 #
 # Two costs. The **memory itself** is one state for each layer and each remembered token:
 # `4 * L * B * M * d_model` bytes, at 4 bytes a number. And **training** keeps more for the backward pass, since
-# every layer has more keys. Here is what autograd keeps in each layer, for each text of the batch. (You
-# need these two tables only to compute the bytes yourself.)
+# every layer has more keys. Here is what autograd keeps in each layer, for each text of the batch. (Only for
+# those who want to compute the bytes.)
 #
 # | for each key | numbers |
 # | --- | --- |
@@ -1944,7 +1942,7 @@ exercises.check("1.2", my_shift)
 # </details>
 #
 # **1.3 A memory with two faults** *(find the fault; middle; 10 minutes)* This is how a colleague updates the memory of a
-# layer. It trains, more and more slowly; and a model that is evaluated without memory suddenly has one. Mend both.
+# layer. Training stops with an error at the second segment; and a model that is evaluated without memory suddenly has one. Mend both.
 
 # %% tags=["exercise"]
 def my_memory(past, x, mem_len):

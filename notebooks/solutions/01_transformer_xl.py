@@ -80,8 +80,8 @@ exercises.check("1.2", my_shift)
 # ## 1.3 A memory with two faults
 #
 # Minus zero is zero, and a slice that starts at zero is everything: for `mem_len = 0` the memory would
-# keep all it gets. And without `detach` each state keeps the graph that made it, which holds the states before: the first segment of the
-# text is still there at the last one, so every step is slower than the one before, or fails.
+# keep all it gets. And without `detach` each state keeps the graph that made it, which holds the states before: `backward` after the
+# second segment leads into the first, whose graph is gone, and fails.
 
 # %% tags=["exercise"]
 def my_memory(past, x, mem_len):
