@@ -146,13 +146,13 @@ figures.show(
 )
 
 # %% [markdown]
-# The second picture: in evaluation the whole text is known. When the segment of tokens 9 to 12 was read, it gave the four
-# predictions after them at once, and the mask kept each from seeing its answer. So there is nothing left to compute when the answer after
-# token 10 is asked for; the orange states wait to be read by the next segment.
-#
 # In the first picture, segment 1 is grey: its states have left the memory. It is felt all the
 # same. The orange states of segment 2 were computed while segment 1 was in memory, and hold what they
 # found there. Section 1.3 follows this through the layers.
+#
+# The second picture: in evaluation the whole text is known. Transformer-XL has read the tokens 9 to 12 as one segment, which
+# gave all four predictions at once; the mask kept each from seeing its answer. So nothing is left to compute for token 10,
+# and the orange states wait to be read by the next segment.
 #
 # ## 1.1 The problem: a window forgets
 #
@@ -332,8 +332,8 @@ figures.show(
 # ### Four terms
 #
 # How does the distance get into the score of query $i$ and key $j$? Start from absolute positions.
-# What stands at a place is $E$, its embedding, and which place it is, $U$; their sum goes into attention in the first layer. The score there,
-# before it is divided by $\sqrt{d_{\text{head}}}$, is a product of two sums,
+# Write $E_j$ for the embedding of the token at place $j$, and $U_j$ for the vector of the place itself. In the first layer their sum goes
+# into attention. The score there, before it is divided by $\sqrt{d_{\text{head}}}$, is a product of two sums,
 #
 # $$
 # A^{\text{abs}}_{i,j} = \left(W_q (E_i + U_i)\right)^\top W_k (E_j + U_j)
@@ -369,7 +369,7 @@ figures.show(
 # | (c) | is this key of interest to anybody? | key |
 # | (d) | is this distance of interest to anybody? | distance |
 #
-# Every head has its own $u$ and $v$, and its own rows of $W_q$, $W_{k,E}$, $W_{k,R}$ and the matrix of the values. And every
+# Every head has its own $u$ and $v$, and its own rows of $W_q$, $W_{k,E}$, $W_{k,R}$ and $W_v$. And every
 # layer has these four terms: from here on $E$ is the input of any layer, after its norm. Absolute positions were added once, at the
 # bottom; $R$ enters the scores of each layer anew.
 #
@@ -462,8 +462,8 @@ print(f"without {T_}, of {K_}:", " " * 5, with_cuts(end_to_end[T_:], K_))
 # %% [markdown]
 # The new rows, one below the other, are the table of distances from above, up to the zero in each row. To the
 # right of it stands garbage: the start of a row that slipped into the one above. Nobody will look there,
-# because the future is masked. The extra column at the front makes the lengths come out right, so
-# that nothing has to be padded or copied: the shift only *views* the same numbers in another way.
+# because the future is masked. The extra column at the front makes the lengths come out right, and
+# nothing is copied: the shift only *views* the same numbers in another way.
 
 # %% tags=["from-module"]
 def rel_shift(scores):
@@ -692,7 +692,8 @@ assert not any(state.requires_grad for state in memory)
 # ### Does it remember?
 #
 # If memory does what we think, it must not matter where the text was cut: reading segment by
-# segment, with a memory that holds everything, must give the same logits as reading all at once.
+# segment, with a memory that holds everything, must give the same logits as reading all at once. (In float64, so that
+# rounding hides nothing.)
 
 # %%
 @torch.no_grad()
@@ -910,7 +911,7 @@ print("--- and how the model goes on\n" + corpus.vocab.decode(text[64:]))
 # The paper takes its two ideas apart: relative positions with and without recurrence, and absolute
 # positions without. We add the fourth corner, which section 1.2 warned of: recurrence with
 # absolute positions. To build it, the sinusoids of the places 0 to `T - 1` are added to the embedding
-# in every segment anew, and the distances are silenced.
+# in every segment anew, and no distance enters a score.
 
 # %% tags=["band"]
 class PlacedEmbedding(nn.Embedding):
@@ -1002,11 +1003,9 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # those of the segment is *worse than no memory*.
 #
 # No two of the four bands overlap, so this order is not the luck of a seed, at this size, after this
-# many steps and on this text. Your own numbers may differ from those of seed 0: another machine
-# rounds differently, and many steps later that has the effect of another seed. The cell above asks
-# them to lie in the band, give or take 0.02 nats.
+# many steps and on this text. The cell above asks your run to lie in the band, give or take 0.02 nats.
 #
-# The paper's Table 6, perplexity ($e$ to the nats per token) on WikiText-103, each model at its best attention length:
+# The paper's Table 6, perplexity ($e$ to the nats per token) on WikiText-103, each model evaluated with the context that suits it best:
 #
 # | positions | recurrence | no recurrence |
 # | --- | --- | --- |
@@ -1017,8 +1016,8 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # Three of our four corners are in this table, and they come in the same order. (What memory adds does
 # not come from the additional weights of relative attention: the models with and without memory have the same number of them.)
 #
-# The next three sections measure these same models under other conditions of *evaluation*. What they
-# measure was recorded as well, for models trained from five seeds:
+# Most sections that follow measure these same models under other conditions of *evaluation*. What they
+# measure was recorded for five seeds, too:
 
 # %%
 seen = bands.load("01_lengths", corpus.name)
@@ -1063,13 +1062,13 @@ blind = {name: loss[0] - loss[8:].mean() for name, loss in by_position.items()}
 assert blind["vanilla"] > 0.5 and abs(blind["Transformer-XL"]) < 0.15
 
 # %% [markdown]
-# So it is: Transformer-XL's first position is hardly worse off than its mean. (The means here leave out the rest of each lane that
+# Transformer-XL's first position is hardly worse off than its mean. (The means here leave out the rest of each lane that
 # does not fill a segment; the losses of the ablation have it.)
 
 # %% [markdown]
 # ### What lies before the segment: all or nothing
 #
-# On text, memory is worth about a tenth of a nat (the two relative models of the ablation), since most of what helps stands close by. Here is a
+# On text, memory is worth about a tenth of a nat (the two relative models of the ablation). Here is a
 # stream on which it is worth everything. In `tasks.echo` the tokens are random symbols, and the
 # question at each token is always the same: which symbol stood `lag` tokens ago? With a lag of one segment the
 # answer never stands in the segment of the question.
@@ -1169,11 +1168,11 @@ print(f"the neighbour's {exchanged.mean():.2f}")
 assert exchanged.max() < 0.25
 
 # %% [markdown]
-# The last panel is worth a second look. The model with two layers reaches far enough for every question: even the first query of a
+# The model with two layers reaches far enough for every question: even the first query of a
 # segment feels $32 + 16 = 48$ tokens back, since the oldest state in its memory belongs to a segment that began 32 tokens ago with
-# a memory of 16. A state in memory could have picked
-# up, in layer 1, what stood 16 tokens before it, and handed it to layer 2. It has not learned to. Within
-# the segment nothing calls for it, and the gradient stops at the memory, so nothing tells the older segment what
+# a memory of 16. The answer, 32 tokens back, could have come in two steps of 16: a state in memory picks it
+# up in layer 1, and the query reads that state in layer 2. The model has not learned to. Within
+# the older segment nothing asks for it, and the gradient stops at the memory, so nothing tells that segment what
 # the newer one will need. **Reach is what a model can feel, not what it has learned to use.** Exercise 1.7
 # lets the gradient through.
 
@@ -1291,8 +1290,8 @@ if corpus.name == "Tiny Shakespeare":  # which it has learned
 # %% [markdown]
 # ### How much context is used?
 #
-# Now without memory and without segments: at 2,000 places spread over the validation text, predict one
-# character from just the `n` before it.
+# Now without memory: at 2,000 places spread over the validation text, each model reads just the `n` characters before
+# the place, as one segment, and predicts the next.
 
 # %% tags=["band"]
 CONTEXTS = list(range(16, 129, 16))
@@ -1349,8 +1348,8 @@ figures.show(
 
 # %% [markdown]
 # Which differences are more than chance? Two kinds of chance are at work: which places were chosen, and which seed the
-# models were trained from. The table compares Transformer-XL with vanilla, in pairs at the same places, with the
-# standard error of the mean, and then the difference for each recorded seed.
+# models were trained from. The table takes Transformer-XL's loss minus vanilla's at each
+# place, so that below zero Transformer-XL is ahead: the mean with its standard error, and then the mean for each recorded seed.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 rows, seeds = [], of("context", seen.values)
@@ -1388,12 +1387,12 @@ print("Transformer-XL's gain, by seed:", [f"{gain:+.3f}" for gain in gains_of_se
 assert (gains_of_seeds > 0).all() and (gains_of_seeds < 0.03).all()
 
 # %% [markdown]
-# At 32 characters both see the same characters, no memory takes part, and yet Transformer-XL is ahead by about a tenth of a nat, in every seed; beyond 32
-# vanilla still sees only its 32. At 16 characters it is ahead in every seed too, but by little: vanilla met contexts of 1 to 32 in training, and Transformer-XL, once
+# At 32 characters both see the same characters, no memory takes part, and yet Transformer-XL is ahead by about a tenth of a nat, in every seed. Most of
+# this comes from the relative positions: in the figure, the model that has only these does about as well. At 16 characters it is ahead in every seed too, but by little: vanilla met contexts of 1 to 32 in training, and Transformer-XL, once
 # its memory was full, only 33 to 64.
 #
-# The vanilla model can have nothing from beyond its window. From 16 to 32 characters it even gets worse, in every seed; the last
-# positions of a window are among its poorer ones in the section on blind starts, too. Why, we have not found out. The model with relative positions that was trained without
+# The vanilla model can have nothing from beyond its window. From 16 to 32 characters it even gets worse, in every seed. Why,
+# we have not found out. The model with relative positions that was trained without
 # memory can be given more, and does worse with it: it has never met a distance above 31. That is no law. In the
 # paper's Table 6 such a model, far larger, gains from it: its perplexity is 29.59 at the length of training and 29.02 at 260. Here only the
 # model that was trained with memory gains from beyond the segment: about a hundredth of a nat, in every seed.
@@ -1402,10 +1401,11 @@ assert (gains_of_seeds > 0).all() and (gains_of_seeds < 0.03).all()
 # ### Relative effective context length
 #
 # Appendix C of the paper has a measure for this that is fair to models of different strength. Let
-# $l_m(n, t)$ be the loss of model $m$ at place $t$ when it sees $n$ tokens before it. Compare it only with the
-# best model of the group, $b(n, t) = \min_m l_m(n, t)$, and only at the hard places $\mathcal T$: the share $r$ of all
-# places where $b(n, t)$ is highest. What model $m$ makes of $\Delta$ more tokens, 16 here, is its gain $g_m$. It compares the contexts
-# $n$ and $n' = n + \Delta$, and counts only what beats the best loss at $n$, so that a weak model gains nothing by catching up:
+# $l_m(n, t)$ be the loss of model $m$ at place $t$ when it sees $n$ tokens before it, and $b(n, t) = \min_m l_m(n, t)$ that of the
+# best model of the group. Only the hard places count: $\mathcal T$ holds the share $r$ of all places with the highest $b(n, t)$.
+# Let the model see $\Delta$ more tokens there, 16 here, and count only what beats the best loss at $n$, so that a weak model gains
+# nothing by catching up. The mean of the losses counted like this is $f_m$, and the gain $g_m$ is the share by which the
+# perplexity $\exp f_m$ falls:
 #
 # $$
 # f_m(n, n') = \frac{1}{|\mathcal T|} \sum_{t \in \mathcal T} \min\left(b(n, t),\, l_m(n', t)\right), \qquad
@@ -1439,8 +1439,7 @@ def recl(table, name, r):
 # %% [markdown]
 # How much of the result is the luck of the 2,000 places? Draw 2,000 of them anew, with repetition, and compute it
 # again, a hundred times (a *bootstrap*). The range below holds 90 of the 100 results. The luck of the seed is not in
-# it: that is what the recorded seeds add. The function `lengths` recorded them, for this section, the two before and the one on
-# blind starts.
+# it: that is what the recorded seeds add. They come from the function `lengths`, as all that is in `seen`.
 
 # %% tags=["band"]
 def lengths(seed):
@@ -1487,9 +1486,9 @@ figures.table(
 
 # %% [markdown]
 # At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one or two steps apart, and new places
-# alone move some of them by a step. (Vanilla may gain from 16 to 32 although its mean loss rises there: only places where its loss beats
-# $b$ count. Beyond 32 its gain is 0 by construction.) Nor can a gain be negative, since $b$ takes the place of any loss that rises: that the model
-# without memory loses something beyond 32 the measure cannot show. The paper's models differ
+# alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: what the model without
+# memory loses beyond 32 does not show. (Vanilla's mean loss rises from 16 to 32, but only the places count where it beats
+# $b$.) The paper's models differ
 # by hundreds of words (Table 8; its first three rows are one group with a $b$ of its own, the others a second):
 #
 # | | r = 0.1 | r = 0.5 | r = 1 |
@@ -1575,10 +1574,10 @@ assert (share[:, 0] > share[:, -1] + 0.2).all()
 assert by_age[:, :4].sum(dim=1).mean() > 0.5
 
 # %% [markdown]
-# Most attention goes to the latest few characters, the query's own among them. That is why the memory
-# matters most just after a seam, where the latest few characters *are* the memory.
+# Most attention goes to the latest few characters. That is why the memory
+# matters most at the start of a segment, where the latest few characters *are* the memory.
 #
-# To be looked at is not to be used. So exchange the memory, as before: give each lane the memory of its
+# Attention alone does not show that something is used. So exchange the memory, as before: give each lane the memory of its
 # neighbour, which holds other text from the same plays.
 
 # %%
@@ -1624,8 +1623,9 @@ figures.explorer({"Transformer-XL": seen_by}, vocab)
 # %% [markdown]
 # ### The four terms after training
 #
-# The terms of section 1.2 with the trained weights: one layer, one segment, all heads. The letters stand behind the lines
-# that compute them. The picture shows the head whose term (b) varies most; the numbers below it are of all heads.
+# The terms of section 1.2 with the trained weights: one layer, one segment, all heads. The hook catches what this layer's
+# attention gets, the normalised context; `before` is the memory that the last segment reads. The picture shows the head whose term (b) varies most. The table below it is of
+# all heads, and its last row is of the mean of (a) over all queries, for the keys in memory, which every query sees.
 
 # %%
 @torch.inference_mode()
@@ -1702,11 +1702,11 @@ for spreads in (live, longer_run):
 # %% [markdown]
 # Position speaks through (b) and (d). The term (c), a preference for
 # keys whoever asks, has the smallest spread. That does not mean that the model has no such preference: the mean of
-# (a) over all queries is one, too. For the keys in memory, which every query sees, the spread of that mean is more than twice that of (c). The model
+# (a) over all queries is one, too, and its spread is more than twice that of (c). The model
 # has put the preference there, and so has the one that was trained longer. The
 # dashed line parts memory (left) from segment (right); no term takes notice of it.
 #
-# ### Evaluation is faster, and not by a little
+# ### How much faster evaluation is
 #
 # The baseline needs one window for each prediction if it is to see a full context. Transformer-XL
 # computes each state once. The paper's Table 9 gives the factor at several lengths of attention; here
@@ -1776,8 +1776,8 @@ figures.table(
 )
 
 # %% [markdown]
-# The factor grows with the context, as in the paper. The fused kernel makes the sliding window faster, and so the
-# factor smaller, the more so the longer the window: it is the main reason why that curve bends away from the paper's. Beyond that, the factor depends on the
+# From 800 to 3,800 tokens the factor grows with both kernels, as in the paper; at the long end the fused kernel is the faster one, and its
+# factor the smaller. Single points are rough: each is the middle of three runs. The factor also depends on the
 # machine, on the width (the wider the layer, the less attention weighs against the projections), and on the length of
 # the segment, since the memory is paid for once a segment.
 
@@ -1786,18 +1786,19 @@ figures.table(
 #
 # Two costs. The **memory itself** is one state for each layer and each remembered token:
 # `4 * L * B * M * d_model` bytes, at 4 bytes a number. And **training** keeps more for the backward pass, since
-# every layer has more keys. Here is what autograd keeps in each layer, for each text of the batch:
+# every layer has more keys. Here is what autograd keeps in each layer, for each text of the batch. (Only for
+# those who want to compute the bytes.)
 #
 # | for each key | numbers |
 # | --- | --- |
-# | the context, normalised context, keys, values | `4 * d_model` |
-# | projected distances (copied for each text; one more column than keys) | `d_model` |
+# | context, normalised context, keys, values | `4 * d_model` |
+# | projected distances, copied for each text (one more than there are keys) | `d_model` |
 # | attention weights | `H * T` |
 # | mean and deviation of the norm | 2 |
 #
 # | for each token of the segment | numbers |
 # | --- | --- |
-# | input of the queries, queries with $u$ and with $v$, heads | `4 * d_model` |
+# | normalised states of the segment (copied), queries with $u$ and with $v$, results of the heads | `4 * d_model` |
 # | input of the second norm, and its output | `2 * d_model` |
 # | hidden layer of the feed-forward | `d_ff` |
 # | mean and deviation of the norm | 2 |
@@ -1954,7 +1955,7 @@ exercises.check("1.2", my_shift)
 # </details>
 #
 # **1.3 A memory with two faults** *(find the fault; middle; 10 minutes)* This is how a colleague updates the memory of a
-# layer. It trains, more and more slowly; and a model that is evaluated without memory suddenly has one. Mend both.
+# layer. Training stops with an error at the second segment; and a model that is evaluated without memory suddenly has one. Mend both.
 
 # %% tags=["exercise"]
 def my_memory(past, x, mem_len):
@@ -1973,7 +1974,7 @@ exercises.check("1.3", my_memory)
 # </details>
 #
 # **1.4 Cleared every four segments** *(predict, then measure; middle; 10 minutes)* The memory of `xl` is cleared at the start
-# of every fourth segment. `own` and `none` are its losses with its own memory and without any. Predict the loss. Then
+# of every fourth segment. `own` and `none`, from "Where it looks", are its losses with its own memory and without any. Predict the loss from these. Then
 # measure it with `loss_with`, and check what you measured.
 
 # %% tags=["exercise"]
@@ -2007,9 +2008,9 @@ exercises.check("1.5", my_reach)
 #
 # </details>
 #
-# **1.6 One number for a distance** *(build; hard; 30 minutes)* T5 replaces the terms (b) and (d) by one learned number for
-# each head and distance. Write it: `bias` has a number for each of `n` distances, and farther keys share
-# the last one. The mask has the shape `(T, K)`, from which `distances` gives the distances; `R` is not needed any more.
+# **1.6 One number for a distance** *(build; hard; 30 minutes)* As T5 does, put one learned number for
+# each head and distance in the place of the terms (b) and (d). Keep (a) and (c). `bias`, (H, n), has a number for each of `n` distances, and farther keys share
+# the last one. The mask has the shape `(T, K)`, from which `distances` gives the distances; `R` and `v` are not needed any more.
 # When it is right, put it in place (`layer.attention = BiasAttention(...)` for each layer of a new model), train it, and
 # evaluate it with memories of 32, 64 and 256. What do you gain, what do you lose?
 

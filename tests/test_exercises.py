@@ -223,7 +223,8 @@ def test_cleared(capsys):
     check("1.4", 1.75, 1.9, 1.7)
     refused("1.4", 1.7, 1.9, 1.7, why="one segment in four has none")
     refused("1.4", 1.85, 1.9, 1.7, why="as if 75% of the segments")
-    refused("1.4", "1.75", 1.9, 1.7, why="three losses, please")
+    check("1.4", torch.tensor(1.75), 1.9, 1.7)
+    refused("1.4", "1.75", 1.9, 1.7, why="a loss is a number, and this is a str")
 
 
 @pytest.mark.parametrize("same_length", [False, True])
@@ -271,6 +272,26 @@ def test_bias():
     flipped = lambda self, context, R, mask: Bias.forward(self, context.flip(1), R, mask)
     refused("1.6", type("Wrong", (Bias,), {"n": 64, "forward": flipped}), why="while the table covers")
     refused("1.6", type("None_", (Bias,), {"forward": lambda *a: None}), why="returns nothing")
+    refused("1.6", Bias(8, 2, 0.0), why="hand in the class itself, and not a Bias")
+
+
+@torch.no_grad()
+def test_a_bias_with_a_usual_mistake():
+    class Mistaken(Bias):
+        def forward(self, context, R, mask):
+            kept = self.u.clone(), self.bias.clone()
+            self.spoil()
+            out = super().forward(context, R, mask)
+            self.u.data, self.bias.data = kept
+            return out
+
+    for hint, spoil in {
+        "add u to the queries": lambda self: self.u.zero_(),
+        "is for the distance 0": lambda self: self.bias.copy_(self.bias.flip(1)),
+    }.items():
+        refused("1.6", type("M", (Mistaken,), {"spoil": spoil}), why=hint)
+    see = lambda self, context, R, mask: Bias.forward(self, context, R, torch.zeros_like(mask))
+    refused("1.6", type("See", (Bias,), {"forward": see}), why="is the mask added?")
 
 
 def test_through():

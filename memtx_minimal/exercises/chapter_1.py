@@ -110,6 +110,9 @@ faults = {
     "what is left of past counts, too": (
         lambda past, x, n: x[:, max(0, x.size(1) - n) :].detach()
     ),
+    "a start below 0 counts from the end: nothing is dropped until memory is full": (
+        lambda past, x, n: given(past, x, n - past.size(1) - x.size(1)).detach()
+    ),
 }
 
 
@@ -131,8 +134,10 @@ def check_memory(mine):
 def check_cleared(loss, without, whole):
     """The loss expected, and those without and with all memory."""
     for number in (loss, without, whole):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            fail(f"three losses, please, as numbers: this is {kind(number)}")
+        one = isinstance(number, torch.Tensor) and number.numel() == 1
+        if isinstance(number, bool) or not (one or isinstance(number, (int, float))):
+            fail(f"a loss is a number, and this is {kind(number)}")
+    loss, without, whole = float(loss), float(without), float(whole)
     expected = (without + 3 * whole) / 4
     if not min(without, whole) < loss < max(without, whole):
         between = f"between {whole:.3f} (memory) and {without:.3f} (none)"
@@ -178,6 +183,8 @@ def check_bias(BiasAttention):
     """A class like RelativeAttention, with a parameter `bias` (H, n)."""
     torch.manual_seed(0)
     H, d_head = 2, 4
+    if not isinstance(BiasAttention, type):
+        fail(f"hand in the class itself, and not {kind(BiasAttention)}")
     layer = call(BiasAttention, (H * d_head, H, 0.0)).double()
     bias = getattr(layer, "bias", None)
     if bias is ...:
@@ -192,10 +199,19 @@ def check_bias(BiasAttention):
         q = layer.heads(layer.query(context[:, -T:]))
         k, v = (layer.heads(x) for x in layer.key_value(context).chunk(2, dim=-1))
         far = distance.clamp(0, bias.size(1) - 1)
-        scores = ((q + layer.u) @ k.mT) / d_head**0.5
-        scaled = [bias[:, far], bias[:, far] / d_head**0.5]  # either is right
-        outs = [(scores + b + mask).softmax(dim=-1) @ v for b in scaled]
-        wanted = [layer.out(heads.transpose(1, 2).flatten(2)) for heads in outs]
+        a, a_c = (x @ k.mT / d_head**0.5 for x in (q, q + layer.u))
+        b, turned = bias[:, far], bias.flip(1)[:, far]
+
+        def out(scores):
+            heads = scores.softmax(dim=-1) @ v
+            return layer.out(heads.transpose(1, 2).flatten(2))
+
+        wanted = [out(a_c + b + mask), out(a_c + b / d_head**0.5 + mask)]  # either
+        mistakes = {
+            "the term (c) is to be kept: add u to the queries": out(a + b + mask),
+            "is the mask added?": out(a_c + b),
+            "bias[:, 0] is for the distance 0": out(a_c + turned + mask),
+        }
         R = torch.zeros(K + 1, H * d_head).double()
         mine = call(layer, (context, R, mask))
         if not all(differ(w, mine, 1e-6) for w in wanted):
@@ -203,7 +219,9 @@ def check_bias(BiasAttention):
         case = "while the table covers all distances"
         if K > bias.size(1):
             case = "where keys lie beyond the table: they share its last number"
-        fail(f"T = {T}, M = {M}, {case}: {differ(wanted[0], mine, 1e-6)}")
+        hints = [h for h, wrong in mistakes.items() if not differ(wrong, mine, 1e-6)]
+        words = [f"T = {T}, M = {M}, {case}: {differ(wanted[0], mine, 1e-6)}"]
+        fail("\n".join(words + [f"hint: {hint}" for hint in hints]))
 
 
 # ---------------------------------------------------------------- 1.7: no detach

@@ -80,8 +80,8 @@ exercises.check("1.2", my_shift)
 # ## 1.3 A memory with two faults
 #
 # Minus zero is zero, and a slice that starts at zero is everything: for `mem_len = 0` the memory would
-# keep all it gets. And without `detach` each state keeps the graph that made it, which holds the states before: the first segment of the
-# text is still there at the last one, so every step is slower than the one before, or fails.
+# keep all it gets. And without `detach` each state keeps the graph that made it, which holds the states before: `backward` after the
+# second segment leads into the first, whose graph is gone, and fails.
 
 # %% tags=["exercise"]
 def my_memory(past, x, mem_len):
@@ -183,7 +183,8 @@ for name, model in {"R, u and v": xl, "one number": biased}.items():
         print(f"{name:12} memory of {model.mem_len:3}: {loss:.3f}")
 
 # %% [markdown]
-# What you gain is simplicity: no second product, no $R$, no shift. What you lose shows beyond the memory of training. The last
+# What you gain is simplicity: no second product, no $R$, no shift. What you lose shows at a memory of 32 already: the loss is
+# higher. It shows most beyond the memory of training. The last
 # number of the table is shared by all distances from 63 on, and training has seen just one of them, in one query of each segment:
 # a long memory is weighed by a number that nobody has learned. (Train for 1,200 steps, as in the chapter, to see it become worse than no memory at all.)
 
