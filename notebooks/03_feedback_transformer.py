@@ -115,10 +115,11 @@ figures.show(
 # %% [markdown]
 # ## 3.1 The problem: depth is the only clock
 #
-# A ball lies under cup 0, the first of five. Each of the ten tokens swaps two cups. Where is the ball after each
-# swap? (The stream of games gives tokens, targets, and a third item that tells the training loop that new
-# games begin, so that memory starts empty.) The task is easy for anyone who can remember one number: keep the place, and update it at
-# each swap. Counting how often each swap has occurred is not enough, since their order matters.
+# A ball lies under cup 0, the first of five. Each of the ten tokens swaps two cups. Where is the ball
+# after each swap? (The stream of games gives tokens, targets, and a third item that tells the training
+# loop that new games begin, so that memory starts empty.) The task is easy for anyone who can remember
+# one number: keep the place, and update it at each swap. Counting how often each swap has occurred is not
+# enough, since their order matters.
 
 # %%
 pairs = torch.combinations(torch.arange(5))  # (10, 2): what the ten tokens mean
@@ -177,10 +178,9 @@ def depth_scores(seed):
     return scores
 
 # %% [markdown]
-# One run proves little. So `depth_scores` was run for the
-# seeds 0 to 4 beforehand, and `bands.load` reads what came out. Your run is drawn upon these *bands*,
-# and `check` asks it to lie in them, give or take a margin: other machines round differently, and
-# training amplifies the difference.
+# One run proves little. So `depth_scores` was run for the seeds 0 to 4 beforehand, and `bands.load` reads
+# what came out. Your run is drawn upon these *bands*, and `check` asks it to lie in them, give or take a
+# margin: other machines round differently, and training amplifies the difference.
 
 # %%
 by_depth = depth_scores(SEED)
@@ -590,11 +590,11 @@ figures.table(
 #
 # ## 3.5 State and recall at once
 #
-# A recurrent network keeps one state. A transformer looks things up in its past. A Feedback Transformer should
-# do both. The game: first a *card* gives each of
-# five places a letter, in random order. Then the ball is put somewhere, and *events* follow. About half are
-# swaps, as before, after which the place is asked for. The others are questions: which letter is on the card
-# for the place where the ball is *now*? One has to keep the state, and to look something up by it.
+# A recurrent network keeps one state. A transformer looks things up in its past. A Feedback Transformer
+# should do both. The game: first a *card* gives each of five places a letter, in random order. Then the
+# ball is put somewhere, and *events* follow. About half are swaps, as before, after which the place is
+# asked for. The others are questions: which letter is on the card for the place where the ball is *now*?
+# One has to keep the state, and to look something up by it.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 tokens, targets, _ = next(tasks.card(1, 6, seed=1))
@@ -856,8 +856,8 @@ assert high(longer) < low("Feedback, 4") and loss[longer] < loss["Feedback, 4"]
 #
 # ### Where it looks
 #
-# We record the attention of the model with four layers, and add up what falls into each bucket of ages. From the
-# second on, the buckets double in width.
+# We record the attention of the model with four layers, and add up what falls into each bucket of ages.
+# From the second on, the buckets double in width.
 
 # %%
 @torch.no_grad()
@@ -1058,10 +1058,11 @@ impatient_band.check(impatient, margin=0.1)
 # %% [markdown]
 # ## 3.10 Generating
 #
-# To generate, the model reads one token a call. Memory goes in and comes out, so no token is read
-# twice. But each call projects all vectors of the memory to keys and values anew. While the weights do not change, the keys and values do not
-# change either (their ages do, but `seen` adds those afterwards, to a copy): so let *them* be the memory. `Cached` wraps a trained model. It is used in the same
-# way, for generating and evaluating only.
+# To generate, the model reads one token a call. Memory goes in and comes out, so no token is read twice.
+# But each call projects all vectors of the memory to keys and values anew. While the weights do not
+# change, the keys and values do not change either (their ages do, but `seen` adds those afterwards, to a
+# copy): so let *them* be the memory. `Cached` wraps a trained model. It is used in the same way, for
+# generating and evaluating only.
 
 # %% tags=["from-module"]
 class Cached(nn.Module):
@@ -1201,10 +1202,10 @@ assert took[2048]["Feedback, cache"] < 10 * took[2048]["vanilla, cache"]
 #
 # ### Bytes per token
 #
-# What must a model hold of each token of the past? (Exercise 3.4: try it before you read on.) A parallel transformer: keys and values of every
-# layer, $2 \, L \, d_{\text{model}}$ numbers. Feedback with keys and values for each layer: as many.
-# With shared ones, $2 \, d_{\text{model}}$, whatever the depth. And the vectors alone, without keys
-# and values: $d_{\text{model}}$.
+# What must a model hold of each token of the past? (Exercise 3.4: try it before you read on.) A parallel
+# transformer: keys and values of every layer, $2 \, L \, d_{\text{model}}$ numbers. Feedback with keys
+# and values for each layer: as many. With shared ones, $2 \, d_{\text{model}}$, whatever the depth. And
+# the vectors alone, without keys and values: $d_{\text{model}}$.
 
 # %%
 @torch.no_grad()
@@ -1253,14 +1254,15 @@ for n, h in held.items():
 # - **Keys and values shared by all layers** came back for the sake of the cache alone:
 # cross-layer attention and YOCO ("you only cache once") share them between layers of parallel
 # transformers.
-# - **Recurrence in depth** was the point that lasted. Feedback is one way to compute in more steps than there
-# are layers; looped transformers, and chains of thought that are written out and read again, are others. A written chain is feedback through the text: the top layer's output becomes the
-# bottom layer's input.
+# - **Recurrence in depth** was the point that lasted. Feedback is one way to compute in more steps than
+# there are layers; looped transformers, and chains of thought that are written out and read again, are
+# others. A written chain is feedback through the text: the top layer's output becomes the bottom layer's
+# input.
 # - **Block recurrence** took the middle way: the Block-Recurrent Transformer and the Staircase
 # family (co-written by an author of this paper) hand states back once a block, so that a block stays
 # parallel. Exercise 3.6 builds the simplest of them.
-# - **Strictly sequential training** did not last. Its price is what you measured above; linear recurrences, such as state space models, gave up
-# expressive power to get rid of it.
+# - **Strictly sequential training** did not last. Its price is what you measured above; linear
+# recurrences, such as state space models, gave up expressive power to get rid of it.
 
 # %% [markdown]
 # ## 3.13 Exercises
