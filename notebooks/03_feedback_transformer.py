@@ -24,7 +24,7 @@
 # reads only the layer below it. The **Feedback Transformer** ([Fan et al.,
 # 2020](https://arxiv.org/abs/2002.09402)) lifts this limit. At each token the outputs of *all*
 # layers are mixed into one memory vector, and *every* layer of every later token attends to these
-# vectors. The price: tokens can no longer be computed side by side.
+# vectors. The price: tokens can no longer be computed side by side, as in *parallel* transformers.
 #
 # **After this chapter you can**
 # - say what a transformer of fixed depth does not learn, and show it in an experiment;
@@ -115,10 +115,11 @@ figures.show(
 # %% [markdown]
 # ## 3.1 The problem: depth is the only clock
 #
-# A ball lies under the first of five cups. Each token swaps two cups. Where is the ball after each
-# swap? (The stream of games gives tokens, targets, and a third item that tells the training loop that new
-# games begin, so that memory starts empty.) The task is easy for anyone who can remember one number: keep the place, and update it at
-# each swap. Counting the swaps does not help, since their order matters.
+# A ball lies under cup 0, the first of five. Each of the ten tokens swaps two cups. Where is the ball
+# after each swap? (The stream of games gives tokens, targets, and a third item that tells the training
+# loop that new games begin, so that memory starts empty.) The task is easy for anyone who can remember
+# one number: keep the place, and update it at each swap. Counting how often each swap has occurred is not
+# enough, since their order matters.
 
 # %%
 pairs = torch.combinations(torch.arange(5))  # (10, 2): what the ten tokens mean
@@ -128,9 +129,8 @@ for token, cup in zip(tokens[0], targets[0]):
     print(f"token {token}: swap cups {a} and {b}   the ball is now under cup {cup}")
 
 # %% [markdown]
-# All models of this section get the same games, which begin with two swaps and end with 32; `scale`
-# suits the learning rates to the model. A lesson is one run of the course's training loop, with its
-# own warm-up and its own decay.
+# All models get the same *lessons*, the first with games of two swaps, the last with games of 32. A lesson
+# is one run of the course's training loop, with its own warm-up and decay; `scale` multiplies its learning rate.
 
 # %% tags=["band"]
 GAMES = dict(vocab_size=10, d_model=64, n_heads=4, d_ff=256)
@@ -178,10 +178,9 @@ def depth_scores(seed):
     return scores
 
 # %% [markdown]
-# One run proves little: another seed starts from other weights. So `depth_scores` was run for the
-# seeds 0 to 4 beforehand, and `bands.load` reads what came out. Your run is drawn upon these *bands*,
-# and `check` asks it to lie in them, give or take a margin: other machines round differently, and
-# training makes much of that.
+# One run proves little. So `depth_scores` was run for the seeds 0 to 4 beforehand, and `bands.load` reads
+# what came out. Your run is drawn upon these *bands*, and `check` asks it to lie in them, give or take a
+# margin: other machines round differently, and training amplifies the difference.
 
 # %%
 by_depth = depth_scores(SEED)
@@ -203,7 +202,7 @@ for (name, shares), marker in zip(by_depth.items(), "o^sD"):
     figures.band(axes, range(1, 33), depth_band.values[name], label)
     label = f"{layers} layer{'s' * (layers != '1')}"
     axes.plot(range(1, 33), shares, marker=marker, label=label)
-swaps_axes(axes, "Deeper holds the ball longer, and loses it (vanilla)")
+swaps_axes(axes, "More layers hold the ball longer, then lose it (vanilla)")
 figures.show(
     figure,
     "Each vanilla transformer answers right after the first swaps and then falls to "
@@ -223,8 +222,8 @@ assert all(shares[-1] < 0.4 for shares in by_depth.values())
 # of states of layer $l-1$. One layer can merge a few swaps into one, and the next can merge what the
 # first has merged. In principle the number of layers need only grow with the logarithm of the length
 # (Liu et al., 2023), so eight could do 32 swaps; trained like this, they do not find out how. And for
-# games of any length, no fixed number of layers is enough, as far as anyone knows: the game has as
-# many moves as you like, and the model has 8 ticks of a clock.
+# games of any length, no fixed number of layers is enough, as far as anyone knows: a layer is one tick of the
+# clock.
 #
 # ## 3.2 One memory for all layers
 #
@@ -243,7 +242,7 @@ assert all(shares[-1] < 0.4 for shares in by_depth.values())
 # vector, which does not exist yet.
 #
 # **Why one vector?** One could keep all $L+1$ states of each step. Attention would then have $L+1$
-# times as many keys to compute and to store: five times as many with four layers. The mixture is
+# times as many keys to compute and to store. The mixture is
 # the cheap way to hand on something of every layer.
 #
 # ### The layer
@@ -297,8 +296,8 @@ for M in (5, 0):
 #
 # `vector` is the mixture $m_t$. `keys_values` turns memory vectors into keys and values; they are
 # **normalised first**, like everything that enters attention in a pre-norm layer. With `shared_kv`
-# all layers share one projection, so that each vector is projected *once*, whatever the depth;
-# otherwise each layer has its own. (The paper tries both, and recommends sharing.)
+# all layers share one projection (`n_kv` is 1), so that each vector is projected *once*, whatever the depth;
+# otherwise each layer has its own (`n_kv` is `L`). (The paper recommends sharing.)
 #
 # `seen` adds the order. Without it, memory would be a set: attention could not tell yesterday
 # from last year. Let $a = t - j$ be the age of memory vector $j$ at step $t$. The score becomes
@@ -308,7 +307,7 @@ for M in (5, 0):
 # $$
 #
 # with one vector $p_a$ for each age, learned from a random start and shared by all layers and heads, as
-# in the authors' code.
+# in the authors' code. They stand in `positions` in the order of the keys, the oldest first.
 
 # %% tags=["from-module"]
 class Memory(nn.Module):
@@ -359,8 +358,8 @@ assert not torch.allclose(keys[..., 0, :], keys[..., 4, :])  # ... until ages ar
 # %% [markdown]
 # ### Step after step
 #
-# Now for the model. `embed` checks what it is handed and looks up $x_t^0$. `step` takes one token
-# up through all layers and leaves one memory vector.
+# Now for the model. `embed` looks up $x_t^0$, and checks the tokens and `mem_len`, which you may lower in a
+# finished model. `step` takes one token up through all layers and leaves one memory vector.
 
 # %% tags=["from-module"]
 def embed(model, tokens):
@@ -385,7 +384,8 @@ def step(model, x, kv):
 #
 # Between two calls the memory is the **vectors** $m$ themselves, the latest `mem_len` of them. The
 # next call makes their keys and values anew. No gradient flows into the old vectors, but the
-# projections still learn from them.
+# projections still learn from them. For a new text, where memory is None, `checked_memory` returns its second
+# argument, no vectors.
 
 # %% tags=["from-module"]
 class FeedbackTransformer(nn.Module):
@@ -442,9 +442,8 @@ for segment in text.split(4, dim=1):
 
 # %% [markdown]
 # That is the whole model. (The `clone` at its end makes the memory a tensor of its own; a slice would
-# keep all of what it was cut from.) Is it right? A test that finds mistakes in the memory and in its
-# ages: every step sees the latest `mem_len` vectors, so it must not matter where the text is cut, token by token, in segments, or
-# not at all.
+# keep all of what it was cut from.) Is it right? Every step sees the latest `mem_len` vectors, so it must not
+# matter where the text is cut: token by token, in segments, or not at all.
 
 # %%
 @torch.no_grad()
@@ -503,14 +502,13 @@ text = training.generate(feedback, prompt, 160, temperature=0.8)
 print(corpus.vocab.decode(text[64:]))
 
 # %% [markdown]
-# It has learned what words look like, and not much more: this is a small model after a few seconds
-# of training.
+# It has learned what words look like, and not much more.
 #
 # ## 3.4 One layer follows the ball
 #
 # Back to the cups, with the same lessons. Expected: a Feedback Transformer hands the place of the
 # ball from memory vector to memory vector, so that a *single* layer is enough. But any recurrent
-# network could do the same. We ask a classic too, an Elman network: one state, updated at each token.
+# network could do the same. So we train an Elman network as well: one state, updated at each token.
 
 # %% tags=["band"]
 class Recurrent(nn.Module):
@@ -560,7 +558,7 @@ for name, shares in (by_swap | {"vanilla, 8 layers": by_depth["vanilla, 8"]}).it
     label = "{} recorded seeds" if name == "vanilla, 8 layers" else "_"
     figures.band(axes, range(1, 33), recorded[name], label)
     axes.plot(range(1, 33), shares, label=name, **LOOK[name.split(",")[0]])
-swaps_axes(axes, "What is recurrent keeps the ball (cups)")
+swaps_axes(axes, "The recurrent models keep the ball (cups)")
 figures.show(
     figure,
     "The Feedback Transformer with one layer and the Elman network stay near 1 for "
@@ -585,19 +583,18 @@ figures.table(
 )  # fmt: skip
 
 # %% [markdown]
-# One layer instead of eight, and the ball is not lost, even in games fifteen times longer than any
-# lesson. Up to 32 swaps the little Elman network does it nearly as well; far beyond, that depends on the
-# seed. So the ball shows what *parallel* transformers do not learn. It does not show that you need *this*
+# One layer instead of eight, and the ball is hardly ever lost, even in games fifteen times longer than any
+# lesson. Up to 32 swaps the little Elman network does it nearly as well; from 400 to 500, that depends on the
+# seed (last column). So the ball shows what *parallel* transformers do not learn. It does not show that you need *this*
 # architecture.
 #
 # ## 3.5 State and recall at once
 #
-# A recurrent network squeezes all of its past into one state. A transformer looks things up in a
-# past of any length. A Feedback Transformer should do both. The game: first a *card* gives each of
-# five places a letter, in random order. Then the ball is put somewhere, the cups are swapped as
-# before, and now and then comes the question: which letter is on the card for the place where the
-# ball is *now*? One has to keep the state, and to look something up by it. A swap asks for the place, a
-# question for the letter; both are *events*.
+# A recurrent network keeps one state. A transformer looks things up in its past. A Feedback Transformer
+# should do both. The game: first a *card* gives each of five places a letter, in random order. Then the
+# ball is put somewhere, and *events* follow. About half are swaps, as before, after which the place is
+# asked for. The others are questions: which letter is on the card for the place where the ball is *now*?
+# One has to keep the state, and to look something up by it.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 tokens, targets, _ = next(tasks.card(1, 6, seed=1))
@@ -616,10 +613,10 @@ answers = [
 figures.table("One game of the card task", ["token", "answer"], zip(words, answers))
 
 # %% [markdown]
-# Three models learn it, first in games of 2 events, at last in games of 24: a Feedback Transformer
+# Three models learn it, first in games of 2 events, at last in games of 24 (30 tokens): a Feedback Transformer
 # of two layers (one look for the place of the ball, the next for the letter of that place), a
 # vanilla transformer of the same depth, and an Elman network of about as many parameters. (The other two
-# get 0.6 of the learning rates.)
+# get 0.6 of the learning rates. Targets below `tasks.LETTERS` are letters, the others places.)
 
 # %% tags=["band"]
 CARD_LESSONS = [(2, 500, 5e-3), (4, 300, 5e-3), (12, 100, 3e-3), (24, 80, 2e-3)]
@@ -694,9 +691,8 @@ assert max(on_card["vanilla"][1], on_card["Elman network"][1]) < 0.6
 # %% [markdown]
 # The Elman network keeps the state, and its letters are guesses: after these lessons it does not keep the
 # card. The vanilla transformer mostly does not know where the ball is, and so cannot know its letter. It is above
-# guessing all the same: whoever looks up the five letters on the card, but not the place, is right one time in
-# five, and after few swaps some places are known too. Of the
-# three, Feedback alone has both: a state, and a memory that is looked up by content.
+# guessing all the same: one of the five letters on the card is right one time in five, and more often if two
+# places have it. Of the three, Feedback alone has both: a state, and a memory that is looked up by content.
 #
 # The paper makes its case with larger tasks of this kind: little programs that assign, change and
 # print variables, with conditions. Right answers, in %:
@@ -758,7 +754,7 @@ assert mixture_band.high("embedding") < mixture_band.low("(vanilla)")
 # %% [markdown]
 # As soon as a layer's output is in the mixture, feedback works; for so simple a task it does not
 # matter which layer. With the embedding alone, nothing that a layer has found is ever handed on.
-# Such a model is no vanilla transformer in disguise, either. It has fewer right, seed by seed: each of its
+# Such a model has fewer right than a vanilla transformer, whatever the seed: each of its
 # layers reads the bare text again, where vanilla's second layer reads what the first has made of it.
 #
 # ## 3.7 Text
@@ -808,15 +804,16 @@ text_band = bands.load("03_text_scores", corpus.name)
 figure, axes = plt.subplots()
 lines = {"Feedback": "-", "Feedback, per layer": ""}
 lines |= {"Transformer-XL": "-", "Transformer-XL, 4 x steps": ""}
-for name, line in lines.items():
+for (name, line), aside in zip(lines.items(), (-0.07, -0.22, 0.07, 0.22)):
     points = [(n, loss[f"{name}, {n}"]) for n in (1, 2, 4) if f"{name}, {n}" in loss]
+    if not line:
+        points = [(n + aside, value) for n, value in points]
     look = LOOK[name.split(",")[0]] | dict(linestyle=line)
     look |= {} if line else dict(marker="P", markersize=9)
     axes.plot(*zip(*points), label=name, **look)
-    for n, _ in points:
+    for n in (1, 2, 4) if line else (4,):
         some = text_band.values[f"{name}, {n}"]
-        color, aside = look["color"], -0.07 if name.startswith("Feedback") else 0.07
-        axes.plot([n + aside] * len(some), some, "_", color=color, markersize=9)
+        axes.plot([n + aside] * len(some), some, "_", color=look["color"], markersize=9)
 axes.plot([], [], "_", color="black", label="recorded seeds")
 axes.set(xlabel="layers", ylabel="validation loss (nats per character)")
 axes.set(title=f"Equal depth ({corpus.name})", xticks=[1, 2, 4], ylim=(1.8, 2.65))
@@ -839,7 +836,8 @@ figures.table(
 # %%
 text_band.check(loss, margin=0.05)
 low, high = text_band.low, text_band.high
-assert loss["Feedback, 4"] < loss["Feedback, 1"]  # depth helps
+for name in ("Feedback", "Transformer-XL"):
+    assert loss[f"{name}, 4"] < loss[f"{name}, 1"]  # depth helps
 model = trained["Feedback, 4"][0]  # for the next section
 for n in (1, 2, 4) if text_band.seeds else ():
     a, b = f"Feedback, {n}", f"Transformer-XL, {n}"
@@ -852,15 +850,14 @@ assert high(longer) < low("Feedback, 4") and loss[longer] < loss["Feedback, 4"]
 # %% [markdown]
 # Depth helps both. At equal depth and equal steps the bands of the two overlap: the paper's gain on
 # text does **not** show here. With keys and values for each layer, Feedback's band lies a little lower, and
-# still overlaps that of Transformer-XL. And the Transformer-XL with four times as many steps, for which it
-# needs about as many seconds as Feedback for its own, is far ahead of both. The paper's models are hundreds
+# still overlaps that of Transformer-XL. And Transformer-XL with four times as many steps, in about as many seconds,
+# is far ahead of both. The paper's models are hundreds
 # of times larger and train for days.
 #
 # ### Where it looks
 #
-# Every layer of every step attends to memory vectors of known age. We record the attention of the
-# model with four layers, and add up what falls into each bucket of ages. From the second on, the
-# buckets double in width.
+# We record the attention of the model with four layers, and add up what falls into each bucket of ages.
+# From the second on, the buckets double in width.
 
 # %%
 @torch.no_grad()
@@ -909,8 +906,9 @@ assert by_age[:, 0].mean() > 2 / T and by_age[:, 16:].mean() < 1 / T
 # stands out. It is the only one that knows the letter before, and through its own attention it has
 # read all the others.
 #
-# Look for yourself, in a model that was trained for longer and comes with the package (see the book's page on trained weights). Point at a
-# character, or step to one with the arrow keys. Below are the weights with which it mixes its layers into a memory vector.
+# Look for yourself, in a model that was trained for longer (see the book's page on trained weights). Point at a
+# character, or step to one with the arrow keys. The bars show how its attention is shared among the vectors in memory, which are
+# underlined: in the top layer at first, as a mean over the heads. Below are the weights with which it mixes its layers into a memory vector.
 
 # %%
 trained, vocab = memtx_minimal.load("feedback_transformer")  # on the CPU
@@ -922,8 +920,11 @@ mixture = trained.memory.layer_weights.softmax(dim=0).tolist()
 names = ["embedding", *(f"layer {n}" for n in range(1, len(mixture)))]
 rows = [[f"{weight:.2f}" for weight in mixture]]
 figures.table("The learned mixture, trained longer", names, rows)
+assert max(mixture) == mixture[0] and min(mixture) > 0.1
 
 # %% [markdown]
+# The embedding has the largest share, and every layer has one.
+#
 # Attention is not use. What is *needed* shows when it is taken away: `mem_len` may be lowered at any
 # time, and the model then sees the latest vectors only.
 
@@ -943,8 +944,8 @@ assert needs[32] < needs[4] < needs[1]
 # ## 3.8 What it costs to train
 #
 # A vanilla transformer computes all positions of a layer in one matrix product; here `T` steps wait
-# for each other. Measure both against the length of the segment: the seconds of one forward and
-# backward pass, and the bytes that autograd keeps between the two.
+# for each other. Measure one forward and backward pass: its seconds, and the bytes that autograd keeps between
+# the two.
 
 # %%
 COSTS = dict(vocab_size=65, d_model=64, n_heads=4, n_layers=2, d_ff=256)
@@ -956,7 +957,8 @@ def costs(model, T):
 
     def forward_backward():
         model.zero_grad()
-        model(tokens)[0].logsumexp(dim=-1).sum().backward()
+        loss = model(tokens)[0].logsumexp(dim=-1).sum()  # stands in for a loss
+        loss.backward()
 
     seconds = measure.seconds(forward_backward, warmup=1, rounds=3, device=device)
     return seconds, measure.bytes_for_backward(model, lambda: model(tokens)[0])
@@ -986,9 +988,9 @@ for k, (ax, (label, unit)) in enumerate(zip(axes, labels)):
 axes[0].legend()
 figures.show(
     figure,
-    "Feedback takes several times as long as vanilla for a training step and keeps "
-    "several times as many bytes for the backward pass; both gaps widen with the "
-    "length of the segment.",
+    "Feedback takes several times as long as vanilla for a training step, at every "
+    "length of the segment. It keeps more bytes for the backward pass, and the longer "
+    "the segment, the larger their ratio.",
 )
 figures.table(
     "One forward and backward pass, 2 layers, batch 16",
@@ -1006,15 +1008,15 @@ assert s > 2 * s_vanilla and b > 2 * b_vanilla
 # %% [markdown]
 # The time goes into many small products where vanilla has a few large ones. The bytes grow faster
 # than the length, because each step keeps a copy of the keys and values that it saw: with the whole
-# segment in reach, $1 + 2 + \ldots + T$ of them. Both can be had for less by writing the backward
-# pass by hand; that is [appendix A](a_feedback_by_hand.ipynb), which you can do without.
+# segment in reach, $1 + 2 + \ldots + T$ of them. A backward pass written by hand makes both cheaper:
+# [appendix A](a_feedback_by_hand.ipynb), if you like.
 #
 # ## 3.9 Two aids for training
 #
 # ### Short games first
 #
 # The paper starts with short sequences and lengthens them, as our lessons do. Is it worth it? The
-# lessons read $150 \cdot 2 + 250 \cdot 4 + \ldots = 5{,}060$ swaps for each game of the batch. Read about
+# lessons read $150 \cdot 2 + 250 \cdot 4 + \ldots = 5{,}060$ swaps in each row of the batch. Read about
 # as many, but in games of 32 swaps from the start.
 
 # %% tags=["band"]
@@ -1047,20 +1049,20 @@ impatient_band.check(impatient, margin=0.1)
 
 # %% [markdown]
 # With short games first, about as many swaps teach the whole game; with long ones, the first few moves.
-# That is not the length of the games alone. Long games also mean fewer updates, 160 in place of 670, and here
+# The length of the games is not the only difference. Long games also mean fewer updates, 160 in place of 670, and here
 # they got a lower rate, 3e-3 where most lessons have 1e-2.
 #
-# The other aid of the paper is to train a parallel transformer first, and to copy its weights. It is
-# meant for models that take days to train, and we leave it out.
+# The paper's other aid, to start from the weights of a parallel transformer, is meant for models that train for
+# days. We leave it out.
 
 # %% [markdown]
 # ## 3.10 Generating
 #
-# To generate, the model reads one token a call. Memory goes in and comes out, so no token is read
-# twice. But each call projects all vectors of the memory to keys and values anew. That is cheap for
-# 32 vectors and dear for a thousand. While the weights do not change, the keys and values do not
-# change either (their ages do, but `seen` adds those afterwards, to a copy): so let *them* be the memory. `Cached` wraps a trained model. It is used in the same
-# way, for generating and evaluating only.
+# To generate, the model reads one token a call. Memory goes in and comes out, so no token is read twice.
+# But each call projects all vectors of the memory to keys and values anew. While the weights do not
+# change, the keys and values do not change either (their ages do, but `seen` adds those afterwards, to a
+# copy): so let *them* be the memory. `Cached` wraps a trained model. It is used in the same way, for
+# generating and evaluating only.
 
 # %% tags=["from-module"]
 class Cached(nn.Module):
@@ -1175,7 +1177,7 @@ lines = {"Feedback, vectors": "--", "vanilla, reading all again": ":"}
 for name in took[32]:
     look = dict(linestyle=lines.get(name, "-"), **LOOK[name.split(",")[0]])
     axes.plot(read_before, [took[n][name] for n in read_before], label=name, **look)
-axes.set(xscale="log", yscale="log", title="Generating (4 layers, unlimited memory)")
+axes.set(xscale="log", yscale="log", title="Generating (4 layers, all in memory)")
 axes.set(xlabel="tokens before", ylabel="time for one more token (ms)")
 axes.set_xticks(read_before, labels=read_before)
 axes.minorticks_off()
@@ -1183,8 +1185,8 @@ axes.legend()
 figures.show(
     figure,
     "Reading everything again costs ever more; one more token from a cache costs "
-    "about the same for Feedback and for a vanilla transformer. Feedback from its "
-    "vectors starts at the same cost and rises with a long memory.",
+    "about the same for Feedback and for a vanilla transformer, and with a long memory "
+    "a little more for Feedback from its vectors.",
 )
 figures.table(
     "Milliseconds for one more token",
@@ -1196,14 +1198,14 @@ assert took[2048]["Feedback, cache"] < 10 * took[2048]["vanilla, cache"]
 
 # %% [markdown]
 # What is slow about Feedback is training. One token after the other is how *every* model generates:
-# compare the two lines with a cache. (Appendix A has a cache that is not copied at each step.)
+# compare the two lines with a cache. At this size Feedback's cache saves little over its vectors.
 #
 # ### Bytes per token
 #
-# What must a model hold of each token of the past? A parallel transformer: keys and values of every
-# layer, $2 \, L \, d_{\text{model}}$ numbers. Feedback with keys and values for each layer: as many.
-# With shared ones, $2 \, d_{\text{model}}$, whatever the depth. And the vectors alone, without keys
-# and values: $d_{\text{model}}$.
+# What must a model hold of each token of the past? (Exercise 3.4: try it before you read on.) A parallel
+# transformer: keys and values of every layer, $2 \, L \, d_{\text{model}}$ numbers. Feedback with keys
+# and values for each layer: as many. With shared ones, $2 \, d_{\text{model}}$, whatever the depth. And
+# the vectors alone, without keys and values: $d_{\text{model}}$.
 
 # %%
 @torch.no_grad()
@@ -1293,8 +1295,8 @@ exercises.check("3.1", my_clock)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `n = 0` is the prediction made at the token itself. Draw the columns of `n = 2` with two layers, once as in each picture of section 3.1 and
-# 3.2, and look for the longest way.
+# `n = 0` is the prediction made at the token itself. Draw the columns of `n = 2` with two layers, as in the first and in the last picture at the top of the chapter,
+# and look for the longest way.
 #
 # </details>
 #
@@ -1334,9 +1336,9 @@ exercises.check("3.3", my_keys)
 #
 # </details>
 #
-# **3.4 The price of a cache** *(predict; middle; 10 minutes)* How many numbers does a model hold of `M` tokens of the past? The
+# **3.4 The price of a cache** *(predict; easy; 10 minutes)* How many numbers does a model hold of `M` tokens of the past? The
 # kinds: "vanilla", "per layer" and "shared" (Feedback with the keys and values of each layer, and with shared ones), and
-# "vectors", the memory of Feedback without keys and values. Write it down before you look at the table of section 3.10.
+# "vectors", the memory of Feedback without keys and values. Do not look at section 3.10.
 
 # %% tags=["exercise"]
 def my_numbers(kind, n_layers, M, d_model):

@@ -1142,7 +1142,7 @@ exercises.check("A.5", my_dropout)
 #
 # </details>
 #
-# **A.6 With ages** *(build; hard; 25 minutes)* Give `forwards` ages: `p` (T, d), the oldest first as in chapter 3, of which step `t` adds
+# **A.6 With ages** *(build; hard; 40 minutes)* Give `forwards` ages: `p` (T, d), the oldest first as in chapter 3, of which step `t` adds
 # `p[T - t :]` to its keys. First add up the error at `p` in the loop. Then see whether you can do it after the loop, all at once, with `as_strided`.
 
 # %% tags=["exercise"]

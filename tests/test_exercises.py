@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from memtx_minimal import exercises, transformer_xl, vanilla_transformer
 from memtx_minimal.compressive_transformer import MaxPooling
-from memtx_minimal.exercises.core import EXERCISES, NotRight, called_by, check, differ, require, show
+from memtx_minimal.exercises.core import EXERCISES, NotRight, brief, called_by, check, differ, require, show
 from memtx_minimal.feedback_transformer import FeedbackTransformer, step
 from memtx_minimal.transformer_xl import RelativeAttention, TransformerXL, distances, rel_shift
 
@@ -182,7 +182,8 @@ def test_differences_are_named():
     assert differ([1, 2], (1, 3), 0) == "number 1: should be 2, and is 3"
     assert differ(1, True, 0) and differ(1, "1", 0) and differ("a", "b", 0)
     assert not differ(1, torch.tensor(1), 0) and not differ(0.5, 0.5004, 1e-3)
-    assert show(a) == "[[1, 2], [3, nan]]"
+    assert show(a) == brief(a) == "[[1, 2], [3, nan]]"
+    assert brief([torch.zeros(5, 5)] * 9) == "[" + ", ".join(["a tensor (5, 5)"] * 9) + "]"
     assert show({2, 1}) == "{1, 2}" and show([1, 2]) == "[1, 2]"
     assert show({"a": a[0].numpy()}) == "{'a': [1, 2]}"
     refused("5.4", lambda values: list(my_ties(values)), why="should return a set, and returns a list")
@@ -202,6 +203,17 @@ def dots_inside(space, L, d_model):
 def my_ties(values):
     best = min(values, key=lambda name: values[name].mean())
     return {name for name in values if values[name].min() <= values[best].max()}
+
+
+def test_of_large_arguments_the_message_names_the_shapes():
+    with pytest.raises(NotRight) as wrong:
+        check("A.2", EXERCISES["A.2"].mistakes["g_s: the line of the softmax in section A.1"])
+    assert len(str(wrong.value)) < 500 and "number 0: at [" in str(wrong.value)
+
+
+def test_an_answer_that_fails_like_a_known_mistake_gets_its_hint():
+    with pytest.raises(NotRight, match=r"(?s)fails with RuntimeError.*hint: positions\[-0:\] is all"):
+        check("3.3", lambda keys, positions: keys + positions[-len(keys) :])
 
 
 # ---------------------------------------------------------------- chapter 1
@@ -431,6 +443,8 @@ def backwards_in_a_block(model, x, kv, S):
 
 
 def test_blocks(feedback):
+    from memtx_minimal.exercises.chapter_3 import in_blocks
+
     check("3.6", blocks, feedback)
     for wrong, why in [
         (lambda model, x, kv, S: blocks(model, x, kv, 1), r"S = 4: outputs are wrong at"),
@@ -440,8 +454,13 @@ def test_blocks(feedback):
         (lambda *a: blocks(*a)[:2], "return three things"),
         (lambda *a: blocks(*a)[0], "return three things.* not a tensor"),
         (lambda model, x, kv, S: blocks(model, x, kv, S / 2), "fails with TypeError"),
+        (lambda *a: (lambda outputs, vectors, kv: (vectors, outputs, kv))(*blocks(*a)), "outputs come first"),
+        (in_blocks, "S = 4: 10 tokens took 10 steps, in blocks 3"),
+        (7, "hand in your function and then"),
     ]:
         refused("3.6", wrong, feedback, why=why)
+    refused("3.6", blocks, why="hand in your function and then a FeedbackTransformer, such as `tiny`")
+    assert not feedback.layers[0]._forward_hooks
 
 
 # ---------------------------------------------------------------- chapter 2
@@ -538,10 +557,11 @@ def test_broken():
 
 def test_seconds():
     check("A.4", {1: 0.3, 4: 0.2, 16: 0.1, 64: 0.2})
-    refused("A.4", [0.3, 0.2, 0.1, 0.2], why="hand in {1: .*this is a list")
-    refused("A.4", {1: 0.3, 4: 0.2, 16: 0.1}, why="hand in {1: ")
+    refused("A.4", [0.3, 0.2, 0.1, 0.2], why=r"hand in {1: .*this is \[0.3")
+    refused("A.4", {1: 0.3, 4: 0.2, 16: 0.1}, why="this is {1: 0.3, 4: 0.2, 16: 0.1}")
     refused("A.4", {1: 0.3, 4: 0.3, 16: 0.3, 64: 0.3}, why="was BLOCK changed")
-    refused("A.4", {1: "0.3", 4: 0.3, 16: 0.3, 64: 0.3}, why="seconds, as numbers")
+    refused("A.4", {1: "0.3", 4: 0.3, 16: 0.3, 64: 0.3}, why="seconds, numbers from 0 to 60")
+    refused("A.4", {1: 300.0, 4: 200.0, 16: 100.0, 64: 200.0}, why="seconds, numbers from 0 to 60")
 
 
 def test_pair():

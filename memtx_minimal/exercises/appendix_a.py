@@ -4,7 +4,14 @@ from functools import partial
 
 import torch
 
-from memtx_minimal.exercises.core import compare, exercise, fail, kind, taught
+from memtx_minimal.exercises.core import (
+    NotAnswered,
+    compare,
+    exercise,
+    fail,
+    show,
+    taught,
+)
 from memtx_minimal.fast_feedback import normalise
 
 
@@ -74,23 +81,24 @@ def autograd(g_m, x, *weights, keep=None, p=None):
 
 def backwards(
     g_m, x, W_q, W_k, W_v, W_1, W_2, m, q, k, v, z, h, w, *,
-    keep=None, p=None, softmax=softmax_back, around=True, kept_twice=True, aged=True,
+    keep=None, p=None, softmax=softmax_back, but=None,
 ):  # fmt: skip
-    """By hand, as in section A.2; the last options make the usual mistakes."""
+    """By hand, as in section A.2; but: where one of the usual mistakes is made."""
     T = len(x)
     ages = torch.zeros_like(x) if p is None else p
     keep = x.new_ones(T, T) if keep is None else keep
     g_m, g_h, g_p = g_m.clone(), torch.zeros_like(h), torch.zeros_like(x)
     g_q, g_k, g_v, g_z = torch.zeros(4, *x.shape, dtype=x.dtype)
     for t in reversed(range(T)):
+        kept, once = keep[t, :t], torch.ones(t, dtype=x.dtype)
         g_m[t] += W_k.T @ g_k[t] + W_v.T @ g_v[t]
         g_h[t] = W_2.T @ g_m[t] * (h[t] > 0)
-        g_z[t] = g_m[t] * around + W_1.T @ g_h[t]
-        g_w = (keep[t, :t] if kept_twice else 1) * (v[:t] @ g_z[t])
-        g_s = softmax(w[t], g_w)
-        g_q[t] = (k[:t] + ages[T - t :] * aged).T @ g_s
+        g_z[t] = g_m[t] * (but != "around") + W_1.T @ g_h[t] * (but != "through")
+        g_w = (once if but == "at w" else kept) * (v[:t] @ g_z[t])
+        g_s = softmax((kept if but == "at s" else once) * w[t], g_w)
+        g_q[t] = (k[:t] + ages[T - t :] * (but != "at q")).T @ g_s
         g_k[:t] += torch.outer(g_s, q[t])
-        g_v[:t] += torch.outer(keep[t, :t] * w[t], g_z[t])
+        g_v[:t] += torch.outer((once if but == "at v" else kept) * w[t], g_z[t])
         g_p[T - t :] += torch.outer(g_s, q[t])
     g_x = g_z + g_q @ W_q
     errors = g_q.T @ x, g_k.T @ m, g_v.T @ m, g_h.T @ z, g_m.T @ h
@@ -108,7 +116,10 @@ compare(
     atol=1e-8,
     mistakes={
         "g_z: m = z + W_2 @ h, so z has the error at m as well": (
-            partial(backwards, around=False)
+            partial(backwards, but="around")
+        ),
+        "g_z: h was made of z, so its error comes back through W_1": (
+            partial(backwards, but="through")
         ),
         "g_s: the line of the softmax in section A.1": (
             partial(backwards, softmax=lambda y, g: g)
@@ -136,6 +147,12 @@ compare(
         ),
         "a step adds nothing to later slots": lambda T, S: 2 * far(T, S),
         "of all pairs, those of one block are near": lambda T, S: T * (T - 1) // 2,
+        "how many pairs, not which share of them": (
+            lambda T, S: 2 * far(T, S) / (T * (T - 1))
+        ),
+        "the last block may be shorter, and has near pairs, too": (
+            lambda T, S: T * (T - 1) // 2 - T // S * (S * (S - 1) // 2)
+        ),
     },
 )
 
@@ -146,9 +163,11 @@ compare(
 def check_seconds(seconds):
     """{S: seconds} for blocks of 1, 4, 16 and 64 steps."""
     if not isinstance(seconds, dict) or set(seconds) != {1, 4, 16, 64}:
-        fail(f"hand in {{1: ..., 4: ..., 16: ..., 64: ...}}; this is {kind(seconds)}")
-    if not all(isinstance(s, float) and 0 < s < 600 for s in seconds.values()):
-        fail("the values are seconds, as numbers above 0")
+        fail(f"hand in {{1: ..., 4: ..., 16: ..., 64: ...}}; this is {show(seconds)}")
+    if ... in seconds.values():
+        raise NotAnswered
+    if not all(isinstance(s, float) and 0 < s < 60 for s in seconds.values()):
+        fail(f"the values are seconds, numbers from 0 to 60; these are {show(seconds)}")
     if len(set(seconds.values())) == 1:
         fail("all the same: was BLOCK changed before each measurement?")
     best = min(seconds, key=seconds.get)
@@ -176,11 +195,12 @@ compare(
     without=["grad", "backward"],
     atol=1e-8,
     mistakes={
-        "the error at w goes through the mask, too": partial(dropped, kept_twice=False),
+        "the error at w goes through the mask, too": partial(dropped, but="at w"),
+        "what v was multiplied by are the weights after dropout": (
+            partial(dropped, but="at v")
+        ),
         "the softmax line needs the weights before dropout": (
-            lambda g_m, x, keep, *ws: by_hand(
-                g_m, x, keep, *ws, name="keep", softmax=lambda y, g: y * g
-            )
+            partial(dropped, but="at s")
         ),
         "these are the errors without dropout": (
             lambda g_m, x, keep, *ws: autograd(g_m, x, *ws)
@@ -207,7 +227,7 @@ compare(
     without=["grad", "backward"],
     atol=1e-8,
     mistakes={
-        "the query has met keys with their ages": partial(aged, aged=False),
+        "the query has met keys with their ages": partial(aged, but="at q"),
         "the oldest age comes first in p": partial(swapped, turn=lambda g: g.flip(0)),
         "an age is met by many steps: their errors add up": (
             partial(swapped, turn=torch.zeros_like)

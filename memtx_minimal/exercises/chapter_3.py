@@ -44,6 +44,9 @@ compare(
         "a parallel model passes each layer once, however near the token": (
             lambda L, n, kind: min(L, n + 1) if kind == "vanilla" else L * (n + 1)
         ),
+        "in a parallel model the way never leads down, so no layer is passed twice": (
+            lambda L, n, kind: L * (n + 1)
+        ),
     },
 )
 
@@ -92,13 +95,13 @@ def given(keys, positions):
     return keys + positions[: len(keys)]
 
 
+ages = torch.tensor([[4.0], [3], [2], [1]])
+
 compare(
     "3.3",
     right=aged,
     cases=[
-        (torch.zeros(4, 1), torch.tensor([[4.0], [3], [2], [1]])),
-        (torch.zeros(2, 1), torch.tensor([[4.0], [3], [2], [1]])),
-        (torch.zeros(1, 1), torch.tensor([[4.0], [3], [2], [1]])),
+        *((10.0 * torch.arange(1, M + 1)[:, None], ages) for M in (4, 2, 1)),
         (random(0, 2), random(3, 2)),
     ],
     given=given,
@@ -107,9 +110,8 @@ compare(
             lambda keys, p: keys + p.flip(0)[: len(keys)]
         ),
         "each key has an age of its own": lambda keys, p: keys + p[-1:],
-        "positions[-0:] is all of them": (
-            lambda keys, p: keys + p[-len(keys) :] if len(keys) else p
-        ),
+        "the ages are added to the keys": lambda keys, p: p[len(p) - len(keys) :],
+        "positions[-0:] is all of them": lambda keys, p: keys + p[-len(keys) :],
     },
 )
 
@@ -147,6 +149,8 @@ compare(
             )
         ),
         "each layer has keys and values of its own": lambda kind, L, M, d: 2 * M * d,
+        "for all M tokens, not for one": lambda kind, L, M, d: numbers(kind, L, 1, d),
+        "numbers, not bytes": lambda kind, L, M, d: 4 * numbers(kind, L, M, d),
     },
 )
 
@@ -190,14 +194,21 @@ def in_blocks(model, x, kv, S):
 
 @exercise("3.6")
 @torch.no_grad()
-def check_blocks(blocks, model):
+def check_blocks(blocks, model=None):
     """blocks(model, x, kv, S); model is a FeedbackTransformer in float64."""
+    if not callable(blocks) or not hasattr(model, "memory"):
+        fail("hand in your function and then a FeedbackTransformer, such as `tiny`")
     d_model = model.embedding.embedding_dim
     dtype, device = model.embedding.weight.dtype, model.embedding.weight.device
     x, vectors = (random(2, n, d_model).to(device, dtype) for n in (10, 3))
     kv = model.memory.keys_values(vectors)
     for S in (1, 4):
-        right, mine = in_blocks(model, x, kv, S), call(blocks, (model, x, kv, S), False)
+        right, calls = in_blocks(model, x, kv, S), []
+        count = model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        try:
+            mine = call(blocks, (model, x, kv, S), copied=False)
+        finally:
+            count.remove()
         if not isinstance(mine, tuple) or len(mine) != 3:
             fail(
                 f"return three things: outputs, vectors, kv; not {kind(mine)}"
@@ -208,9 +219,13 @@ def check_blocks(blocks, model):
                 fail(f"{where} {tuple(a.shape)}, not {tuple(b.shape)}")
             off = (a - b).abs().flatten(2).amax(dim=(0, 2))  # token by token
             wrong = (off > 1e-6).nonzero().flatten().tolist()
+            if wrong and torch.equal(mine[0], right[1]):
+                fail(f"S = {S}: the outputs come first, then the vectors")
             if wrong:
                 why = "each token sees its own text's memory of before its block"
                 fail(f"{where} are wrong at {wrong}: {why}")
+        if len(calls) > (steps := -(-10 // S)):
+            fail(f"S = {S}: 10 tokens took {len(calls)} steps, in blocks {steps}")
 
 
 # ---------------------------------------------------------------- for handouts

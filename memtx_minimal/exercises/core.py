@@ -71,11 +71,17 @@ def by_cases(mine, right, cases, *, mistakes=None, given=None, without=(), atol=
     if given and all(alike(given, mine, case, atol) for case in cases):
         raise NotAnswered
     for case in cases:
-        expected, got = right(*copy.deepcopy(case)), call(mine, case)
+        expected = right(*copy.deepcopy(case))
+        try:
+            got = call(mine, case)
+        except NotRight as error:
+            words = [str(error)]
+            fail("\n".join(words + hint(mine, mistakes or {}, case, cases, atol)))
         if difference := differ(expected, got, atol):
-            words = [f"{name(mine)}({', '.join(map(show, case))}): {difference}"]
-            wanted = show(expected).replace("nan", "any")
-            words += [f"expected: {wanted}", f"got:      {show(got)}"]
+            words = [f"{called(mine, case)}: {difference}"]
+            wanted, came = brief(expected).replace("nan", "any"), brief(got)
+            if wanted != came:
+                words += [f"expected: {wanted}", f"got:      {came}"]
             fail("\n".join(words + hint(mine, mistakes or {}, case, cases, atol)))
     forbid(mine, without)
 
@@ -199,7 +205,6 @@ def unfinished(answer):
 
 def call(mine, case, copied=True):
     """mine(*case), told in words if it fails."""
-    called = f"{name(mine)}({', '.join(map(show, case))})"
     try:
         got = mine(*(copy.deepcopy(case) if copied else case))
     except NotImplementedError:
@@ -207,12 +212,18 @@ def call(mine, case, copied=True):
     except Exception as error:
         if isinstance(error, TypeError) and "ellipsis" in str(error):
             raise NotAnswered from None  # x[t] = ...
-        raise NotRight(f"{called}\nfails with {in_words(error)}") from None
+        words = f"{called(mine, case)}\nfails with {in_words(error)}"
+        raise NotRight(words) from None
     if unfinished(got):
         raise NotAnswered
     if got is None:
-        fail(f"{called}\nreturns nothing: is there a `return`?")
+        fail(f"{called(mine, case)}\nreturns nothing: is there a `return`?")
     return got
+
+
+def called(mine, case):
+    """The call, as one would write it."""
+    return f"{name(mine)}({brief(case)[1:-1]})"
 
 
 def in_words(error):
@@ -310,10 +321,16 @@ def differ_tensors(expected, got, atol):
 
 
 def alike(wrong, mine, case, atol):
-    """Whether a known mistake gives the same as mine in this case."""
+    """Whether a known mistake gives the same as mine in this case, or fails alike."""
+    got = []
+    for function in (wrong, mine):
+        try:
+            got.append(function(*copy.deepcopy(case)))
+        except Exception as error:
+            got.append(repr(error))
     try:
-        return not differ(wrong(*copy.deepcopy(case)), mine(*copy.deepcopy(case)), atol)
-    except Exception:  # one of them fails: not alike
+        return not differ(*got, atol)
+    except Exception:  # they cannot be compared
         return False
 
 
@@ -329,10 +346,16 @@ def kind(value):
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-def show(value):
-    """A value in few words: numbers in full while they are few, of others the shape."""
+def brief(value, most=500):
+    """show(value), or with the shapes of its tensors where that is over `most` long."""
+    shown = show(value)
+    return shown if len(shown) <= most else show(value, most=0)
+
+
+def show(value, most=30):
+    """A value in few words: tensors of up to `most` numbers in full, else the shape."""
     if isinstance(value, torch.Tensor):
-        if value.numel() > 30:
+        if value.numel() > most:
             return f"a tensor {tuple(value.shape)}"
         return show(value.tolist())
     if isinstance(value, bool) or value is None:
@@ -340,7 +363,7 @@ def show(value):
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (tuple, list)):
-        inside = ", ".join(map(show, value))
+        inside = ", ".join(show(part, most) for part in value)
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     if isinstance(value, set):
         return f"{{{', '.join(map(show, sorted(value, key=str)))}}}"

@@ -126,7 +126,7 @@ exercises.check("A.4", my_seconds)
 # %% [markdown]
 # ## A.5 With dropout
 #
-# Three lines change. The error at `w` goes through the mask, and so does what reaches `v`. The softmax line stays: it needs the weights *before* dropout.
+# One line changes in `forwards` and two in `backwards`: the error at `w` goes through the mask, and `v` was multiplied by the weights *after* dropout. The softmax line stays: it needs the weights *before* dropout.
 
 # %% tags=["exercise"]
 def my_dropout(g_m, x, keep, W_q, W_k, W_v, W_1, W_2):
