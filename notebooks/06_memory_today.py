@@ -1431,7 +1431,7 @@ def read_of_each(remember, parts):
             q, k = (F.normalize(y.transpose(1, 2), dim=-1) for y in (q, k))
             S = k.new_zeros(B, H, N, k.size(-1)) if memory is None else memory
             given = q, k, v.transpose(1, 2), alpha, remember.strength * beta, S
-            heads, memory = chunked_delta_rule(*given)
+            heads, memory = delta_rule(*given)
         else:
             if memory is None:
                 start_k, start_v, *got = remember.empty(k)
@@ -1709,6 +1709,154 @@ figures.show(
 # - [Kimi Linear](https://arxiv.org/abs/2510.26692) (2025) gives the gated delta rule finer gates and puts one
 #   layer of full attention after every three of its layers.
 
+
+# %% [markdown]
+# ## 6.13 Exercises
+#
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
+# case that fails, what was expected and what came. All [solutions](solutions/06_memory_today.ipynb), worked out in
+# words and code.
+#
+# **6.1 Who stays?** *(predict; easy; 10 minutes)* A head of a cache with seven slots (2 sinks, 2 of the most used, 3
+# of the latest) has ten keys before it, which got this much attention: 4, 1, 2, 7, 3, 9, 5, 1, 8, 2. Which places, counted from 0,
+# stay? Write them down first. Then write the rule, for any list.
+
+# %% tags=["exercise"]
+def my_slots(got):
+    """What each key got -> the places of those that stay, in their order."""
+    return ...
+
+
+exercises.check("6.1", my_slots)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Take out first who stays whatever it got. The most used are two of the others. A short list has fewer than seven to keep.
+#
+# </details>
+#
+# **6.2 Without a place** *(fill in; easy; 15 minutes)* A query and a key are turned by their places, as in section 6.2,
+# and multiplied. Compute the same product from their distance `n` alone, without turning either of them. The parts of a pair are
+# number `i` and number `i + half`.
+
+# %% tags=["exercise"]
+def my_product(q, k, n):
+    """Of q (d_head,) and of k (d_head,), which stands n tokens before it: a number."""
+    half = len(q) // 2
+    angle = n * 10_000 ** (-torch.arange(half) / half)  # (half,)
+    return ...
+
+
+exercises.check("6.2", my_product)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Seen from the query, the key is turned back by `n`: the pair $(a, b)$ becomes $(a \cos + b \sin,\; b \cos - a \sin)$. Multiply by
+# the query's pair, and add up over the pairs.
+#
+# </details>
+#
+# **6.3 One step** *(fill in; middle; 10 minutes)* Write one step of the gated delta rule for one head. The key
+# comes as it was projected, of any length; the layer gives it length one first.
+
+# %% tags=["exercise"]
+def my_step(S, k, v, alpha, beta):
+    """S (d_v, d_k), k (d_k,), v (d_v,), alpha and beta numbers -> the new S."""
+    return ...
+
+
+exercises.check("6.3", my_step)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Four lines: the key to length one, the state less what it forgets, what it then says for the key, and what is written.
+# `torch.outer(a, b)` is $a b^\top$.
+#
+# </details>
+#
+# **6.4 Bytes** *(derive; middle; 15 minutes)* How many bytes does the memory of each kind hold after `n` tokens of one text that were read
+# one at a time, at four bytes a number? The cache has `mem_len=64`, the pooled one `mem_len=32, compressed_len=32,
+# compression_rate=4` and no `top_k`. Which is the smallest
+# after 200 tokens, with `d_model` 128 and four heads?
+
+# %% tags=["exercise"]
+def my_bytes(n, d_model, H, L):
+    """{"cache": a number, "pooled": a number, "delta": a number}"""
+    return ...
+
+
+exercises.check("6.4", my_bytes)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The class of each kind says what its memory holds, with shapes. Tokens leave the window of `Pooled` in blocks of four, when there are four
+# more than the window needs. `measure.nbytes(memory)` counts the real ones.
+#
+# </details>
+#
+# **6.5 Two cups** *(build; middle; 15 minutes)* The columns of $S$ are cups: what lies under cup $a$ is $S e_a$. Which key of length one and
+# which $\beta$ make $S\,(I - \beta k k^\top)$ the same as `S` with the columns `a` and `b` swapped? Then
+# try the same key with half of that $\beta$: what is under the two cups now?
+
+# %% tags=["exercise"]
+def my_swap(a, b, n_cups):
+    """Two places -> a key (n_cups,) and beta, a number."""
+    return ...
+
+
+exercises.check("6.5", my_swap)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# With $\beta = 2$ the matrix turns $k$ over, to $-k$, and leaves alone all that is at right angles to it. A swap leaves
+# alone $e_a + e_b$, and the other cups. What does it turn over?
+#
+# </details>
+#
+# **6.6 A view with a fault** *(find the fault; middle; 15 minutes)* A colleague works out what a query sees
+# that comes last of `n` tokens: blocks of `c` tokens, and a window of at least `mem_len`. For `n = 10`, `mem_len = 4`, `c = 3` it
+# is right. For `n = 12` it is not.
+
+# %% tags=["exercise"]
+def my_view(n, mem_len, c):
+    """The tokens of each block, a list of lists, and those of the window, a list."""
+    left = max(0, n - mem_len)
+    blocks = [[*range(c * i, c * i + c)] for i in range(left // c)]
+    return blocks, [*range(left, n)]
+
+
+exercises.check("6.6", my_view)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Write down what it returns for `n = 12`. Each token should stand in one of the lists, and in one only.
+#
+# </details>
+#
+# **6.7 Two at once** *(derive; hard; 25 minutes)* A chunk of two tokens. Write what both write, $u_1$ and $u_2$, from the state
+# *before* the chunk, without making the state in between. The keys have length one.
+
+# %% tags=["exercise"]
+def my_writes(S, k, v, alpha, beta):
+    """S (d_v, d_k), k (2, d_k), v (2, d_v), alpha (2,), beta (2,) -> (2, d_v)."""
+    return ...
+
+
+exercises.check("6.7", my_writes)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The second token finds $\alpha_2\,(\alpha_1 S + u_1 k_1^\top)\, k_2$. Multiply it out: one part is the old state, the other is
+# $u_1$, times a number.
+#
+# </details>
 
 # %% [markdown]
 # ## References
