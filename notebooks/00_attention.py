@@ -33,8 +33,8 @@
 #
 # **You need** PyTorch: tensors, `nn.Module`, `backward`. You need not know transformers.
 #
-# **Time and memory.** 75 minutes to read and 90 for the exercises; about a minute and half a GiB to run on two CPU
-# cores.
+# **Time and memory.** 75 minutes to read and 90 for the exercises; to run on two CPU cores: about
+# a minute, half a GiB.
 
 # %% tags=["colab-install"]
 import importlib.util
@@ -152,7 +152,7 @@ figures.table(
 )
 
 # %% [markdown]
-# (`index_put_` with `accumulate` counts the pairs. The 0.01 gives those that never occur in the training text a small
+# (`index_put_` with `accumulate` counts the pairs. The 0.01 gives those that never occur in training a small
 # probability, so that the loss stays finite.) Knowing the last character is worth a lot. To know more, a table would
 # have to grow 65 times with each further character of context, and one for contexts of ten
 # characters could never be filled. A model has to *choose* what it looks at.
@@ -274,8 +274,8 @@ assert torch.equal(changed[:-1], out[:-1]) and not torch.equal(changed[-1], out[
 #
 # One softmax gives one mean. But a token may want several things at once: the last vowel, the start
 # of the word, who is speaking. So the model does attention several times side by side, in `H`
-# **heads**. Each works on `d_head = d_model / H` numbers of its own, so `H` heads cost as much as one
-# large one. What they found is joined again, and a last matrix mixes it.
+# **heads**. Each has its own queries, keys and values, of `d_head = d_model / H` numbers (the $d$ under
+# the root), so `H` heads cost as much as one large one. What they found is joined again, and a last matrix mixes it.
 #
 # In code, no loop over the heads is needed. The last dimension is cut into `H` parts, and the heads
 # move next to the batch. Watch the shapes:
@@ -437,9 +437,9 @@ assert twelve["Layer"][2] < 2 and twelve["WithoutNorm"][2] > 100
 # %% [markdown]
 # `Identity` does nothing: its line shows how alike the tokens were at the start. With residuals they stay
 # different. Without them, nothing carries a token's own vector past a block, and after twelve layers all
-# tokens are the same vector (a cosine of 1): there is nothing left to learn from. Without norms a block
+# tokens point the same way (a cosine of 1): there is nothing left to learn from. Without norms a block
 # answers large states with large changes, which make the states larger still. With both, the twelve layers add
-# about the same amount, however large the states are that they get.
+# about the same amount, however large the states.
 #
 # ## 0.5 Where a token stands
 #
@@ -455,8 +455,8 @@ print(f"the last token notices the shuffle: {bool(difference > 1e-6)}")
 assert difference < 1e-6
 
 # %% [markdown]
-# To one layer of attention, *dog bites man!* and *man bites dog!* are the same at the last token. (More layers can
-# guess something of the order from the mask.) So each position gets a vector too, which is added
+# With words as tokens, *dog bites man!* and *man bites dog!* are the same to one layer of attention, at the last token.
+# (More layers can guess something of the order from the mask.) So each position gets a vector too, which is added
 # to the embedding. The original transformer takes sines and cosines of the position $p$,
 # at $d_{\text{model}} / 2$ speeds from fast to slow:
 #
@@ -466,8 +466,8 @@ assert difference < 1e-6
 # $$
 #
 # Think of clock hands: the fast ones tell neighbours apart, the slow ones the start of the window
-# from its end. Nothing is learned. (Lines that begin with `inputs.` only refuse what cannot work, and
-# say what would.)
+# from its end. Nothing is learned. (Here all sines come first. Calls to `inputs` only refuse what cannot
+# work, and say what would.)
 
 # %% tags=["from-module"]
 def sinusoid(positions, d_model):
@@ -584,8 +584,8 @@ assert count(model) == total
 #
 # ### Lanes
 #
-# Training reads many pieces of text at once, `B` side by side. You could take pieces from anywhere.
-# This book cuts the text into `B` long **lanes** instead, and reads all lanes side by side, `T` tokens at
+# Training reads many pieces of text at once, `B` side by side. Instead of taking pieces from anywhere,
+# this book cuts the text into `B` long **lanes** and reads them side by side, `T` tokens at
 # a time. Row 0 of the second batch *continues* row 0 of the first. The vanilla model (the plain one, of this chapter)
 # makes no use of that. The others, whose memory goes from batch to batch, depend on it.
 
@@ -598,12 +598,12 @@ for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
 # %% [markdown]
 # Each lane has twelve letters, $(26 - 1) / 2$ without the remainder: the last letter of a lane needs a target too. So lane 0
 # ends with `l`, whose target is the `m` that begins lane 1; `z` is left over. When the lanes end before the training
-# does, it reads them again from the start, with an empty memory.
+# does, they are read again from the start, with an empty memory.
 
 # %% [markdown]
 # ### The loop
 #
-# At its heart are five lines:
+# Its heart is five lines for each batch:
 #
 # ```python
 # memory = None
@@ -620,7 +620,7 @@ for n, (tokens, targets) in enumerate(corpora.lanes(alphabet, 2, 4)):
 #
 # - The **learning rate** `lr` rises for `warmup` steps, then falls along half a cosine (`warmup_cosine`): large
 # steps are dangerous while the weights are random, and small ones settle the model at the end.
-# - **AdamW** (`adamw`) scales the step of each weight by the size of its recent gradients, and shrinks
+# - **AdamW** (`adamw`) divides the step of each weight by the size of its recent gradients, and shrinks
 # the matrices a little at each step.
 # - **Clipping**: a gradient longer than `clip` is shortened to that length, so that one odd batch does no
 # harm. (`clip_groups`: in chapter 2 two parts of a model are clipped apart.)
@@ -717,7 +717,7 @@ figures.show(
 )
 
 # %% [markdown]
-# The validation loss is the higher of the two: that text was not in the training.
+# The dotted lines are validation losses: compare them with the model's own, above.
 
 # %%
 prompt = corpus.vocab.encode("KING ")
@@ -725,7 +725,7 @@ text = training.generate(model, prompt, 300, temperature=0.8)
 print(corpus.vocab.decode(text))
 
 # %% [markdown]
-# (The logits were divided by the `temperature` before the softmax; below 1, likely characters become likelier still.)
+# (The logits were divided by the `temperature` before the softmax: below 1, the likely become likelier.)
 # It writes words, many of them English, and lines that look like a play. But it sees only the last 64 characters: who
 # spoke before, or what was said, it cannot know.
 #
@@ -839,13 +839,13 @@ figures.show(
 #
 # ## 0.8 What does it not remember?
 #
-# And when the window is full? The cache cannot help. Its keys carry the positions at which they were
-# computed. Drop the oldest, and each of the others carries a position that is one too high (exercise 0.4). The model
-# can only start again, with a new window or with the last `T` characters moved to the front.
+# And when the window is full? The cache cannot help. If you count on, the model meets positions that it was never
+# trained on. If you drop the oldest key, the others keep their old positions, one too high (exercise 0.4).
+# The model can only start again, with a new window or with the last `T` characters moved to the front.
 #
 # So look at what starting afresh costs: the validation loss at each position, one window after the
-# other, as in training. One training proves little, since another seed starts from other weights.
-# So `positions_of_seed` was run for five seeds beforehand. Their curves are
+# other, as in training. One training proves little,
+# so `positions_of_seed` was run for five seeds beforehand. Their curves are
 # drawn in grey: a *band*. Your run should lie in it, give or take a margin, since other machines round
 # differently, and training amplifies that. (If it does not, `band.check` says so and stops the notebook.) All close
 # comparisons of this book rest on such bands.
@@ -874,7 +874,7 @@ axes.legend()
 figures.show(
     figure,
     "At the first position of a window, where one character has been read, the loss is "
-    ".7 nats higher than later. It falls over three positions, and then no further: it "
+    "0.7 nats higher than later. It falls over three positions, and then no further: it "
     "goes up and down a little, the same way in all five recorded seeds.",
 )
 
@@ -888,7 +888,7 @@ assert first > late + 0.5 and abs(soon - late) < 0.1
 # %% [markdown]
 # At the first position the model has read a single character, and does no better than the table of what follows
 # what. A few characters later it has seen the start of the word that it is in. (From there on the curve goes up and down
-# in the same way for every seed, mostly because all read the same windows of the text.) But the past *is* there, in the text, just before the
+# in the same way for every seed, mostly because all read the same windows.) But the past *is* there, in the text, just before the
 # window; the model cannot see it. Its answer is the same, whatever it has read before:
 
 # %%
@@ -909,7 +909,7 @@ assert torch.equal(*after)
 #
 # A longer window is the plain remedy, and a costly one: attention compares every token with all before it, and
 # the cache grows with every token. The four papers of this book each give another answer; the pictures bear their
-# chapters' numbers. A line runs from a state up to the state that reads it. Blue is the current window, orange is memory,
+# chapters' numbers. A line runs right, or straight up, to the state that reads. Blue is the current window, orange is memory,
 # green is compressed memory, and grey is not read. In picture 3 a thick bar is one step, with all its layers mixed into the
 # square on top, and only what the last step reads is drawn; in picture 4 colours mark groups of similar tokens.
 
