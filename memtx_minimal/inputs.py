@@ -182,9 +182,8 @@ def by_layer(memory, n):
     """The memories of n layers, as a list; where there is none yet, n times None."""
     if memory is None:
         return [None] * n
-    listed = isinstance(memory, list) and len(memory) == n
-    if not listed or any(layer is None for layer in memory):
-        fault = f"memory is {form(memory)}, this model's is a list of {n}"
+    if not isinstance(memory, list) or len(memory) != n:
+        fault = f"memory is {form(memory)}, this model's a list of {n}"
         raise ValueError(f"{fault}; pass what this model returned, or None")
     return memory
 

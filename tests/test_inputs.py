@@ -103,7 +103,7 @@ def test_the_memory_of_another_model(name, other, grad):
         foreign = MODELS[other]()(tokens(2, 4))[1]
         if name != other and foreign is not None:
             with pytest.raises(
-                ValueError, match="memory is .*, this model's is .*or None"
+                ValueError, match="memory is .*, this model's (is )?.*or None"
             ):
                 model(tokens(2, 4), foreign)
 
@@ -120,10 +120,13 @@ def test_memory_for_a_model_without_one(name):
 @pytest.mark.parametrize("odd", [7, "memory", {}, [], (), [None] * 3, object()])
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_memory_that_is_none(name, odd):
+    model = MODELS[name]().eval()
+    if odd == [None] * 3 and name in ("cache", "pooled", "delta"):  # nothing yet, layer by layer
+        return torch.testing.assert_close(model(tokens(1, 4), odd)[0], model(tokens(1, 4))[0])
     with pytest.raises(
         ValueError, match="memory.*pass (what this model returned, or )?None"
     ):
-        MODELS[name]()(tokens(2, 4), odd)
+        model(tokens(2, 4), odd)
 
 
 def changed(memory, work):
