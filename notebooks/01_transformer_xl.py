@@ -24,7 +24,7 @@
 # **Transformer-XL** ([Dai et al., 2019](https://arxiv.org/abs/1901.02860)) gives it a memory in
 # the most direct way: it keeps the hidden states that were computed for the previous segment, and
 # lets attention look at them. This chapter shows why that needs a second idea, a new way to tell
-# attention where things stand, and what the two ideas bring together.
+# attention where things stand, and what the two achieve together.
 #
 # **After this chapter you can**
 # - say why absolute positions and a memory of hidden states do not go together, and show it in an
@@ -37,7 +37,7 @@
 # **You need** PyTorch and chapter 0: attention with heads, the causal mask, lanes, the training loop,
 # the loss by position in the window, and what a *band* of recorded seeds is.
 #
-# **Time and memory.** About 5 minutes and 1 GiB on two CPU cores. The notebook trains some eight small
+# **Time and memory.** About 6 minutes and 1 GiB on two CPU cores. The notebook trains some eight small
 # models while you read. The last cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
@@ -87,8 +87,8 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `i` | query | `j` | key |
 #
 # And one picture of the idea. Positions run across, layers go up. Blue states are being computed.
-# Orange states were computed earlier and are read from memory. Grey states are not read at this
-# moment.
+# Orange states were computed earlier and wait in memory. Grey states are not read at this
+# moment. (Layer 3 is never orange: nothing above would read it.)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def frame(title, p, start, end):
@@ -134,7 +134,7 @@ figures.show_animation(
 figures.show(
     frame("Training, segment 3", 11, 8, 12),
     "In training, segment 3 of the vanilla model sees nothing outside itself; that of "
-    "Transformer-XL reads all layers of segment 2 from memory, and segment 1 is grey.",
+    "Transformer-XL reads the inputs of segment 2's layers too, and segment 1 is grey.",
 )
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
@@ -151,8 +151,7 @@ figures.show(
 # found there. Section 1.3 follows this through the layers.
 #
 # The second picture: in evaluation the whole text is known. Transformer-XL has read the tokens 9 to 12 as one segment, which
-# gave all four predictions at once; the mask kept each from seeing its answer. So nothing is left to compute for token 10,
-# and the orange states wait to be read by the next segment.
+# gave all four predictions at once; the mask kept each from seeing its answer. So nothing is left to compute for token 10.
 #
 # ## 1.1 The problem: a window forgets
 #
@@ -170,8 +169,8 @@ print(f"{len(corpus.valid):,} to validate, {len(corpus.vocab)} different ones")
 # %% [markdown]
 # The baseline is the decoder of chapter 0, `VanillaTransformer`. It reads segments of `T = 32`
 # characters, and each segment is a new world to it. All models of this chapter get the same widths
-# and depth, the same text and the same number of steps. (Relative attention will add some weights
-# of its own, 8 % of them; section 1.4 counts.)
+# and depth, the same text and the same number of steps. (Relative attention adds 8 % more weights;
+# section 1.4 counts.)
 
 # %% tags=["setup"]
 T = 32
@@ -629,7 +628,8 @@ class Layer(nn.Module):
 #
 # What is remembered is cut off from the gradient by `detach`. It is also copied by `clone`, since a slice is a view: it
 # would keep the whole context that it was cut from alive. Two options, `same_length` and `clamp_len`, are explained below the
-# code. (With `same_length` the memory must hold one state or more: that is what `int(same_length)` asks for.)
+# code. (`inputs.checked_memory` turns `None` into a memory of no states. With `same_length` the memory must hold one
+# or more: so `int(same_length)`.)
 
 # %% tags=["from-module"]
 class TransformerXL(nn.Module):
@@ -764,8 +764,8 @@ figures.show(
 # %% [markdown]
 # Above, the memory is as long as a segment, and each layer adds `M`. Below, it is a single state, and the
 # reach still grows by a whole segment for every layer after the first: the oldest state in memory is the
-# *last* of its segment, and has seen all of it. With $\lceil M / T \rceil$, the number of segments
-# that the memory touches, the reach in tokens is
+# *last* of its segment, and has seen all of it. A longer memory touches $\lceil M / T \rceil$ segments, and
+# each of these layers goes back by all of them. So the reach in tokens is
 #
 # $$
 # T + M + T \left\lceil \tfrac{M}{T} \right\rceil (L - 1) ,
@@ -815,7 +815,7 @@ figures.show(
 
 # %% [markdown]
 # The labels give the number of tokens that are felt, the orange strokes mark $T + L M$. The formula holds in every
-# row. It says what can be felt, not what a model learns to use; section 1.5 comes back to that.
+# row. It says what can be felt, not what a model learns to use (section 1.5).
 #
 # ### Two options for evaluation
 #
@@ -1003,7 +1003,8 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # those of the segment is *worse than no memory*.
 #
 # No two of the four bands overlap, so this order is not the luck of a seed, at this size, after this
-# many steps and on this text. The cell above asks your run to lie in the band, give or take 0.02 nats.
+# many steps and on this text. The cell above asks your run to lie in the band, give or take 0.02 nats: where
+# sums round differently, the same seed ends elsewhere.
 #
 # The paper's Table 6, perplexity ($e$ to the nats per token) on WikiText-103, each model evaluated with the context that suits it best:
 #
@@ -1014,10 +1015,10 @@ for better, worse in zip(CORNERS, list(CORNERS)[1:]):
 # | absolute | not tried | 30.97 |
 #
 # Three of our four corners are in this table, and they come in the same order. (What memory adds does
-# not come from the additional weights of relative attention: the models with and without memory have the same number of them.)
+# not come from the additional weights of relative attention: the model without memory has them, too.)
 #
-# Most sections that follow measure these same models under other conditions of *evaluation*. What they
-# measure was recorded for five seeds, too:
+# Most sections that follow *evaluate* these same models under other conditions. Those results, too, were
+# recorded for five seeds:
 
 # %%
 seen = bands.load("01_lengths", corpus.name)
@@ -1063,7 +1064,7 @@ assert blind["vanilla"] > 0.5 and abs(blind["Transformer-XL"]) < 0.15
 
 # %% [markdown]
 # Transformer-XL's first position is hardly worse off than its mean. (The means here leave out the rest of each lane that
-# does not fill a segment; the losses of the ablation have it.)
+# does not fill a segment; the losses of the ablation include it.)
 
 # %% [markdown]
 # ### What lies before the segment: all or nothing
@@ -1261,7 +1262,7 @@ assert absolute[-1] > absolute[trained_with] + 0.05  # with absolute positions i
 # What came out: the gain is complete at the memory of training. Beyond it the loss of Transformer-XL falls no further; it rises
 # by a few thousandths. That is a fact about this text and this small model, which find little use for what stands more
 # than a line back. The echo shows that the method uses all of the memory that it was trained with when the stream calls for
-# it; a gain from a longer one is not shown here. The paper's gains at long range come from longer training on longer texts. But nothing breaks either, and that is what the relative positions promise: with absolute ones, the longer the memory
+# it; a gain from a longer one is not shown here. (In the paper's Table 6 there is one: its Transformer-XL does best at 500 words.) But nothing breaks either, and that is what the relative positions promise: with absolute ones, the longer the memory
 # grows beyond that of training, the worse.
 #
 # Is it that our model was trained for a minute? The package comes with a Transformer-XL of four layers that was trained for some ten
@@ -1284,7 +1285,7 @@ if corpus.name == "Tiny Shakespeare":  # which it has learned
 # %% [markdown]
 # The same: memory is worth more than a tenth of a nat to it, and the gain is complete at the memory of training.
 #
-# The two options change next to nothing at a long memory. At a short one `same_length` costs something: with `M = 8` each
+# In the figure, the two options change next to nothing at a long memory. At a short one `same_length` costs something: with `M = 8` each
 # query sees 8 keys, and without the option 9 to 40.
 
 # %% [markdown]
@@ -1388,13 +1389,13 @@ assert (gains_of_seeds > 0).all() and (gains_of_seeds < 0.03).all()
 
 # %% [markdown]
 # At 32 characters both see the same characters, no memory takes part, and yet Transformer-XL is ahead by about a tenth of a nat, in every seed. Most of
-# this comes from the relative positions: in the figure, the model that has only these does about as well. At 16 characters it is ahead in every seed too, but by little: vanilla met contexts of 1 to 32 in training, and Transformer-XL, once
+# this comes from the relative positions: in the figure, the model that has only these does nearly as well. At 16 characters Transformer-XL is ahead in every seed too, but by little: vanilla met contexts of 1 to 32 in training, and Transformer-XL, once
 # its memory was full, only 33 to 64.
 #
 # The vanilla model can have nothing from beyond its window. From 16 to 32 characters it even gets worse, in every seed. Why,
 # we have not found out. The model with relative positions that was trained without
-# memory can be given more, and does worse with it: it has never met a distance above 31. That is no law. In the
-# paper's Table 6 such a model, far larger, gains from it: its perplexity is 29.59 at the length of training and 29.02 at 260. Here only the
+# memory can be given more, and does worse with it: it has never met a distance above 31. That need not be so. In the
+# paper's Table 6 such a model, far larger, gains: its perplexity is 29.59 at the length of training and 29.02 at 260. Here only the
 # model that was trained with memory gains from beyond the segment: about a hundredth of a nat, in every seed.
 
 # %% [markdown]
@@ -1402,7 +1403,7 @@ assert (gains_of_seeds > 0).all() and (gains_of_seeds < 0.03).all()
 #
 # Appendix C of the paper has a measure for this that is fair to models of different strength. Let
 # $l_m(n, t)$ be the loss of model $m$ at place $t$ when it sees $n$ tokens before it, and $b(n, t) = \min_m l_m(n, t)$ that of the
-# best model of the group. Only the hard places count: $\mathcal T$ holds the share $r$ of all places with the highest $b(n, t)$.
+# best model of a group, here the three above. Only the hard places count: $\mathcal T$ holds the share $r$ of all places with the highest $b(n, t)$.
 # Let the model see $\Delta$ more tokens there, 16 here, and count only what beats the best loss at $n$, so that a weak model gains
 # nothing by catching up. The mean of the losses counted like this is $f_m$, and the gain $g_m$ is the share by which the
 # perplexity $\exp f_m$ falls:
@@ -1412,7 +1413,7 @@ assert (gains_of_seeds > 0).all() and (gains_of_seeds < 0.03).all()
 # g_m = \frac{\exp f_m(n, n) - \exp f_m(n, n + \Delta)}{\exp f_m(n, n)} .
 # $$
 #
-# At $n' = n$ the minimum is always $b(n, t)$, since no model is better than the best. So
+# At $n' = n$ the minimum is always $b(n, t)$, so
 # $f_m(n, n)$ is the same number $f$ for all models, and the gain is
 # $1 - \exp\left(f_m(n, n + \Delta) - f\right)$. The **RECL** is the first $n$ at which the gain is below 0.01.
 
@@ -1439,7 +1440,7 @@ def recl(table, name, r):
 # %% [markdown]
 # How much of the result is the luck of the 2,000 places? Draw 2,000 of them anew, with repetition, and compute it
 # again, a hundred times (a *bootstrap*). The range below holds 90 of the 100 results. The luck of the seed is not in
-# it: that is what the recorded seeds add. They come from the function `lengths`, as all that is in `seen`.
+# it: that is what the recorded seeds add. They come from the function `lengths`, like all of `seen`.
 
 # %% tags=["band"]
 def lengths(seed):
@@ -1485,11 +1486,11 @@ figures.table(
 )
 
 # %% [markdown]
-# At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one or two steps apart, and new places
-# alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: what the model without
-# memory loses beyond 32 does not show. (Vanilla's mean loss rises from 16 to 32, but only the places count where it beats
-# $b$.) The paper's models differ
-# by hundreds of words (Table 8; its first three rows are one group with a $b$ of its own, the others a second):
+# At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one to three steps apart, and new places
+# alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: what the relative model without
+# memory loses beyond 32 does not show, and vanilla, whose mean loss rises from 16 to 32, gets credit where it
+# beats $b$. At `r` = 0.1 and 0.5 it even comes out ahead of that model, in every seed. In the paper it is
+# last, and the models differ by hundreds of words (Table 8; its first three rows are one group with a $b$ of its own, the others a second):
 #
 # | | r = 0.1 | r = 0.5 | r = 1 |
 # | --- | --- | --- | --- |
@@ -1505,8 +1506,8 @@ figures.table(
 # ### Where it looks
 #
 # Give the trained model a memory of three segments, record its attention over many segments, and sort it by
-# the **age** of the key: its distance from the query. The buckets double in width. Ages beyond 96
-# exist only for the later queries of a segment, since the first one sees no further than the memory reaches.
+# the **age** of the key: its distance from the query. The buckets double in width. Ages beyond
+# the memory's 96 exist only for the later queries of a segment.
 
 # %%
 @torch.inference_mode()
@@ -1574,11 +1575,11 @@ assert (share[:, 0] > share[:, -1] + 0.2).all()
 assert by_age[:, :4].sum(dim=1).mean() > 0.5
 
 # %% [markdown]
-# Most attention goes to the latest few characters. That is why the memory
-# matters most at the start of a segment, where the latest few characters *are* the memory.
+# Most attention goes to the latest few characters. So the start of a segment looks
+# at the memory most: there the latest few characters *are* the memory.
 #
-# Attention alone does not show that something is used. So exchange the memory, as before: give each lane the memory of its
-# neighbour, which holds other text from the same plays.
+# Attention alone does not show that something is used. So exchange the memory, as before: each lane gets its
+# neighbour's, other text from the same plays.
 
 # %%
 @torch.inference_mode()
@@ -1614,7 +1615,7 @@ assert own < half < none and abs(other - none) < 0.1 < other - own
 # The memory's content is what counts: another text's memory is worth about as much as none. The older half of the lane's own memory counts a little, too.
 #
 # Look for yourself, with the model that was trained longer. Point at a character, or step to one with the arrow keys, and see what each of its four layers and
-# four heads reads at it. Go to the start of a segment, and the bars move to the memory.
+# four heads reads there: orange is memory, blue the segment. Go to the start of a segment, and the bars move to the memory.
 
 # %%
 seen_by = measure.reads(trained, text[:300], segment_len=64)
@@ -1624,8 +1625,8 @@ figures.explorer({"Transformer-XL": seen_by}, vocab)
 # ### The four terms after training
 #
 # The terms of section 1.2 with the trained weights: one layer, one segment, all heads. The hook catches what this layer's
-# attention gets, the normalised context; `before` is the memory that the last segment reads. The picture shows the head whose term (b) varies most. The table below it is of
-# all heads, and its last row is of the mean of (a) over all queries, for the keys in memory, which every query sees.
+# attention gets, the normalised context; `before` is the memory that the last segment reads. The picture shows the head whose term (b) varies most. The table below it has the spread of each term over
+# all heads. Its last row asks whether (a), too, prefers some keys whoever asks: it takes the mean of (a) over all queries, for each key in memory.
 
 # %%
 @torch.inference_mode()
@@ -1701,9 +1702,8 @@ for spreads in (live, longer_run):
 
 # %% [markdown]
 # Position speaks through (b) and (d). The term (c), a preference for
-# keys whoever asks, has the smallest spread. That does not mean that the model has no such preference: the mean of
-# (a) over all queries is one, too, and its spread is more than twice that of (c). The model
-# has put the preference there, and so has the one that was trained longer. The
+# keys whoever asks, has the smallest spread. That does not mean that the model has no such preference: the
+# last row is more than twice that of (c). Both models have put the preference into (a). The
 # dashed line parts memory (left) from segment (right); no term takes notice of it.
 #
 # ### How much faster evaluation is
@@ -1763,8 +1763,7 @@ axes.legend()
 figures.show(
     figure,
     "A sliding window is hundreds of times slower than cached segments, and the factor "
-    "grows with the context: less so with the fused kernel than with the plain one and "
-    "in the paper.",
+    "is larger at 3,800 tokens than at 800 with both kernels, as in the paper.",
 )
 figures.table(
     "Times slower than cached segments",
@@ -1776,8 +1775,8 @@ figures.table(
 )
 
 # %% [markdown]
-# From 800 to 3,800 tokens the factor grows with both kernels, as in the paper; at the long end the fused kernel is the faster one, and its
-# factor the smaller. Single points are rough: each is the middle of three runs. The factor also depends on the
+# With both kernels the factor is larger at 3,800 tokens than at 800, as in the paper; at the long end the fused kernel is the
+# faster one. Single points are rough, each the middle of three runs: at 800 the kernels may change places. The factor also depends on the
 # machine, on the width (the wider the layer, the less attention weighs against the projections), and on the length of
 # the segment, since the memory is paid for once a segment.
 
@@ -1860,7 +1859,7 @@ figures.table(
 #
 # ### The paper's own numbers
 #
-# What a minute of training on one megabyte cannot show, in the paper's Tables 1 and 2. On WikiText-103 the large model, of 257 million
+# The paper's Tables 1 and 2 show what a minute of training on one megabyte cannot. On WikiText-103 the large model, of 257 million
 # parameters, reaches a perplexity of 18.3. And on characters:
 #
 # | enwik8, bits per character | 12 layers | 18 layers | 24 layers | 64 layers |
@@ -1930,7 +1929,7 @@ exercises.check("1.1", my_seen)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Query number `i` of the segment, counted from 0, has `M + i` keys before it. A `limit` of 2 leaves two keys.
+# The first query of the segment has `M` keys before it, the next one `M + 1`. A `limit` of 2 leaves two keys.
 #
 # </details>
 #
