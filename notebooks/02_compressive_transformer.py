@@ -149,7 +149,7 @@ figures.show_animation(
 )
 
 # %% [markdown]
-# The still picture is the last frame. The states with a dark edge leave next, and become one. Twelve slots, six of one token and six of three,
+# The still picture is the last frame. The states with a dark edge leave next, and become one slot. Twelve slots, six of one token and six of three,
 # reach 24 tokens back:
 
 # %%
@@ -160,8 +160,8 @@ assert [len(slot) for part in frames[9][:2] for slot in part] == 6 * [3] + 6 * [
 #
 # How far back does Transformer-XL remember? Text is a poor place to find out, because nobody knows
 # what a text requires you to remember, or for how long. So take a stream in which you do know: the **recall
-# task**. One token, `b=5`, says that the key `b` now has the value 5. Another, `b?`, asks for the
-# latest value of `b`. All other tokens are noise, shown as `-`. Of the tokens, 6 % set a value (there
+# task**. One token, `b=5`, gives the key `b` (as in a dictionary) the value 5. Another,
+# `b?`, asks for the latest value of `b`. All other tokens are noise, shown as `-`. Of the tokens, 6 % set a value (there
 # are four keys and eight values), 40 % ask, and 54 % are noise.
 
 # %%
@@ -178,8 +178,8 @@ figures.table(
 
 # %% [markdown]
 # The target of a question stands at the question itself: the model is not asked for the next token but
-# for an answer on the spot. Targets are the numbers 0 to 7, all other places have none and do not
-# count, and a guess is right once in eight times. The **age** of an answer is how
+# for an answer on the spot. Targets are the numbers 0 to 7; all other places have none and do not
+# count. A guess is right once in eight times. The **age** of an answer is how
 # many tokens ago its value was said.
 #
 # Train a small Transformer-XL on it: two layers, segments of 16, a memory of 32, and 4,000 steps, which
@@ -279,8 +279,7 @@ assert max(recall["Transformer-XL"][5:]) < 0.2  # beyond L * M and a segment
 # %% [markdown]
 # A query sees 32 slots of memory and its own segment. The second layer can carry an answer once more as
 # far, to `L * M = 64` tokens. Query $i$ of a segment sees the $i - 1$ before it there, too, and reaches that
-# much further, so about half of the questions of ages 65 to 80 can be answered. Beyond that the value is gone
-# for good. (In chapter 1's echo a second layer did *not* learn to hand on what the first one found; here it
+# much further, so about half of the questions of ages 65 to 80 can be answered. Beyond that the value is gone. (In chapter 1's echo a second layer did *not* learn to hand on what the first one found; here it
 # does.) A longer memory would help, at a cost in proportion. The paper's
 # question: can the same number of slots reach further?
 #
@@ -399,7 +398,7 @@ print("mean     ", MeanPooling(2, rate=2)(old)[0].tolist())
 print("most-used", MostUsed(2, rate=2)(old, used)[0].tolist())
 
 # %% [markdown]
-# And a picture: four states of eight dimensions, each with a mark of its own, go into one.
+# A picture: four states, each with a mark of its own, go into one.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 torch.manual_seed(SEED)
@@ -440,7 +439,7 @@ figures.show(
 # paper proposes two losses instead that need no later segment.
 #
 # **Auto-encoding.** A second map $g$ decodes the compressed states, and the result is compared with what
-# was there: $\mathcal L = \lVert old - g(new) \rVert$ (ours is the mean of the squares). All information counts, whether it is ever read
+# was there: $\mathcal L = \lVert old - g(new) \rVert$ (in our code both losses are mean squares). All information counts, whether it is ever read
 # or not.
 #
 # **Attention reconstruction.** Only what attention *reads* counts. Let the segment $h$ attend to the old
@@ -456,8 +455,7 @@ figures.show(
 # learned vector $u$ because the paper's formula has none. And no gradient of this loss goes into $h$, $old$,
 # $W_Q$, $W_K$ or $W_V$. The loss is there to fit $f_c$ to what the model wants to read, not to make the
 # model want less. (The paper: letting the gradient through prevents learning.) In code, that is
-# `weight.detach()` inside the expression of the loss. Not `weight.detach_()`: that would switch off the training of keys
-# and values for good. ($old$ needs neither: whatever enters the memory is detached already.)
+# `weight.detach()`, not `weight.detach_()`, which would switch off the training of keys and values for good. ($old$ needs neither: whatever enters the memory is detached already.)
 #
 # Our layers normalise what they read. So the code first applies `F.layer_norm` to $h$ and to the `S` states,
 # old or new, with the layer's own gain and bias, detached as well.
@@ -543,9 +541,9 @@ assert max(rows[3][2], rows[4][2]) < min(row[1] for row in rows[:3])
 # %% [markdown]
 # Fresh convolutions are the worst of all: a random matrix writes nothing that this layer's keys and values
 # could read. Trained, they are the best. (How can two states stand for eight random ones? A fresh layer
-# attends almost evenly, as the range of its weights shows, so it reads little more than the mean of all
-# values, and that fits into one state. Mean pooling still misses it: the layer norm before the read scales a
-# mean up again. Whether training pays on text is the question of section 2.6.)
+# spreads its attention over all eight, as the range of its weights shows, so it reads little more than the mean
+# of their values, and that fits into one state. Mean pooling still misses it: the layer norm before the read scales
+# a mean up again. A convolution can learn to put the excess where the values hardly look.)
 #
 # ### The pipeline
 #
@@ -920,16 +918,15 @@ print("compression loss, means of 50 steps from step:", shown)
 # %% [markdown]
 # The compression loss is zero in the first step, since nothing leaves the memory yet. Then it falls, too
 # quickly for the printed means to show it: $f_c$ has a loss of its own and learns at once. And then it
-# *rises*. No gradient of this loss reaches the layers, but they learn all the same, from the next
-# character, and what $f_c$ has to reconstruct is what they read.
+# *rises*. The layers learn as well, though from the next character alone. What they read is what $f_c$ has to
+# reconstruct, so its task changes as they learn.
 #
-# Now the validation loss, over a band of five recorded seeds. Mind that the two have equal slots, not
-# equal sizes: the Compressive Transformer has the parameters of $f_c$ in addition. The third line is the
-# same Transformer-XL, evaluated with a memory of 96: the range of the Compressive Transformer, at twice the
+# Now the validation loss, over a band of five recorded seeds. (The Compressive Transformer has the
+# parameters of $f_c$ in addition.) The third line is the same Transformer-XL, evaluated with a memory of 96: the range of the Compressive Transformer, at twice the
 # slots.
 #
-# The first cell below measures the loss. The four after it belong to sections 2.5 to 2.7: skip them until
-# then.
+# The first cell below measures the loss. Skip the next three until sections 2.5 to 2.7 call for them; the fifth
+# only collects all measurements.
 
 # %% tags=["band"]
 @torch.no_grad()
@@ -1070,9 +1067,9 @@ print("Compressive minus Transformer-XL, by seed:", [f"{x:+.3f}" for x in behind
 assert (abs(behind) < 0.05).all() and (abs(longer - equal) < 0.005).all()
 
 # %% [markdown]
-# At equal slots the two are close. In the recorded seeds Transformer-XL is ahead, by thousandths in most; in a run on your machine it can be the other way
-# round. The coarse slots reach further, but on this text there is little to fetch there: twice the memory does next to nothing for
-# Transformer-XL either. (Chapter 1 found the same.)
+# At equal slots the two are close. In the recorded seeds Transformer-XL is ahead, by thousandths in most; your run can turn out the other way
+# round. The coarse slots reach further, but a model this small finds little use for that here, as Transformer-XL does for
+# twice its memory of training. (Chapter 1 found the same.)
 # The paper's gain on books (PG-19: perplexity 33.6 against 36.3) takes long training on long texts.
 #
 # A sample:
@@ -1170,9 +1167,9 @@ assert nothing_compressed[0] > nothing_compressed[3]
 
 # %% [markdown]
 # **Range.** The edge moves out with the rate. From an age of 81 tokens on, Transformer-XL guesses, in every seed. At that age both models
-# of rate 4 still answer most questions with the same 32 slots, and rate 8 does so up to 144, more than twice $L M$. But the edge does not lie as far
-# out as $L (M + c C)$, 160 and 288 tokens, would allow. Answers are good up to about what *one* layer sees, $M + c C$ = 80 and 144 and the
-# segment itself; the second layer hands on a part of the rest.
+# of rate 4 still answer most questions with the same 32 slots, and rate 8 does so up to 144, more than twice Transformer-XL's $L M = 64$. But the edge does not lie as far
+# out as $L (M + c C)$ would allow: with $M = C = 16$, 160 and 288 tokens. Answers are good up to about what *one* layer sees,
+# $M + c C$ = 80 and 144 tokens and the segment; the second layer hands on a part of the rest.
 #
 # **Detail** is the price, but read it with care. The compressive models are below Transformer-XL in the first bucket
 # already, where the answer stands in the segment or in the memory and nothing is compressed. So compare each model with
@@ -1270,9 +1267,9 @@ assert on_recall[0] > on_recall[3]
 # Within the segment the newest buckets get less. That is the mask, and the dotted line has it too: a late key is
 # hidden from all queries before it.
 #
-# Look for yourself, in a model that was trained for longer and comes with the package (see the book's page on
-# trained weights). Its three zones hold 64 states each. The tray of a slot lies under its characters, four of
-# them if it is compressed, and the bar above says how much it is read. Point at a character, or step to one
+# Look for yourself, in a model trained for longer, that comes with the package (see the book's page on
+# trained weights). Its three zones hold 64 states each. The line under a character, or under four
+# that are compressed, is a slot, and the bar above says how much it is read. Point at a character, or step to one
 # with the arrow keys. The table after it adds up each zone, over more text.
 
 # %%
@@ -1475,21 +1472,20 @@ if grid_band.seeds:
     assert max(trained) < min(x for row, x in error.items() if row[1] != "attention")
 
 # %% [markdown]
-# **Validation loss.** The paper's rows differ by 2 % after long training. Here the rows lie close together, and which is
-# first depends on the seed: this text, at this size and after so few steps, cannot tell the compressions apart.
+# **Validation loss.** The paper's rows differ by 2 % after long training. Here the rows lie close together. Most-used
+# trails the mean, but which row is first depends on the seed: this text, at this size and after so few steps, cannot name a best one.
 #
 # **Reconstruction.** Here the rows do differ. What is trained by attention reconstruction is best at it, as it must
-# be. An error of 1 means that attention might as well have read zeros. The lesson is in the convolutions with
-# the two other losses. Under auto-encoding the states may hold everything, since $g$ can decode them. But attention does
+# be. The lesson is in the convolutions with the two other losses, which do worse than reading zeros
+# (an error of 1). Under auto-encoding the states may hold everything, since $g$ can decode them. But attention does
 # not read through $g$. It reads with the layer's own keys and values, and nothing has told $f_c$ to write in their
 # language. That explains auto-encoding only: under BPTT $f_c$ is trained through these very keys and values, but for what
 # helps to predict, not for what attention read before.
 #
 # **Where the text is cut.** The poolings and the plain convolution see a group at a time. The dilated
 # convolution sees only the states that leave together, with zeros beyond the first and the last. So its
-# result depends on how the text is cut: a whole segment leaves at once in training, a single group when
-# you generate token by token. Most-used depends on the cut as well: it chooses among the states that leave
-# together.
+# result depends on the cut: a whole segment leaves at once in training, a single group when
+# you generate token by token. So does that of most-used, which chooses among the states that leave together.
 #
 # ### What BPTT keeps
 #
@@ -1518,7 +1514,7 @@ assert max(mib for name, mib in held.items() if "BPTT" in name) < held[next(iter
 
 # %% [markdown]
 # At equal numbers of characters BPTT keeps no more: the reconstruction loss has two reads of its own to
-# remember. But to learn from eight segments ahead you must read eight in one call,
+# remember. But to learn from what is read seven segments later you must read eight in one call,
 # one after the other, with an eighth of the texts side by side.
 #
 # ### Reconstruction, layer by layer
@@ -1537,27 +1533,27 @@ axes.set_title(f"Error of what attention reads, c = 3 ({corpus.name})")
 figures.show(
     figure,
     "The relative reconstruction errors of the three layers lie between a third and a "
-    "half, and no layer stands out.",
+    "half; those of the second tend to be the largest.",
 )
 text_band.check({"layers": measured["layers"]}, margin=0.08)
 assert max(measured["layers"]) < 1.5 * min(measured["layers"])
 
 # %% [markdown]
-# No layer stands out here. With three layers and a minute of training we cannot say where the difference from
-# the paper comes from.
+# Here the first layer is no easier than the third, and the second tends to be the hardest. With three layers and a
+# minute of training we cannot say where the difference from the paper comes from.
 #
 # ## 2.7 Another length than in training
 #
-# `compressed_len` may be changed at any time, for example to evaluate with more slots than the model was
-# trained with. The paper's Table 8 has its loss on enwik8 by the size of the compressed memory:
+# `compressed_len` may be changed at any time, for example to evaluate with more slots than in
+# training. The paper's Table 8 has its loss on enwik8 by the size of the compressed memory:
 #
 # | compressed slots | 512 | 1024 | 2048 | 3072 | 4096 |
 # | --- | --- | --- | --- | --- | --- |
 # | bits per character | 1.01 | 0.99 | 0.98 | 0.97 | 1.00 |
 #
 # More helps up to a point, and then hurts. Ours (`at_lengths` is in section 2.3), from none to four times the
-# length of training. "0 slots" is "no compressed memory" of section 2.5: there the memory still hands on what
-# it read in the compressed one, and so can beat 8 slots.
+# length of training. "0 slots" is "no compressed memory" of section 2.5: it is taken away for the answer alone,
+# so the memory still hands on what it read in all 16 slots, and can beat 8.
 
 # %%
 by_length = at_lengths(recall_model, exam)
@@ -1694,8 +1690,7 @@ header = ["n = 384", "slots", "range a layer", "held (MiB)", "scores (millions)"
 figures.table(f"Four texts, segments of {T}", header, rows)
 
 # %% [markdown]
-# And now the clock: a step of training, forward and backward, and a step of evaluation, on a segment of `T` with all slots
-# full.
+# Now the clock: a step of training (forward and backward) and one of evaluation, on a segment of `T` with all slots full.
 
 # %%
 def milliseconds(model, memory):
@@ -1734,10 +1729,9 @@ for k, (ax, title) in enumerate(zip(axes, ("training", "evaluation"))):
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
 figures.show(
     figure,
-    "At 384 slots the Compressive Transformer takes somewhat longer than a "
-    "Transformer-XL of equal slots, in training more than in evaluation, and a "
-    "Transformer-XL of equal range takes longest. At 96 slots the three lie close "
-    "together.",
+    "In training the Compressive Transformer takes somewhat longer than a "
+    "Transformer-XL of equal slots, in evaluation about as long. A Transformer-XL of "
+    "equal range takes longest, above all at 384 slots.",
 )
 figures.table(
     f"Milliseconds a segment, training / evaluation ({L} layers, d_model {d_model})",
@@ -1752,8 +1746,8 @@ for k in (0, 1):  # training, evaluation
     assert ours[k] < 2 * equal_slots[k] and ours[k] < 1.3 * equal_range[k]
 
 # %% [markdown]
-# At equal slots the counts are the same, and so is the time of evaluation, nearly; training pays something for
-# $f_c$ and its loss. At equal range Transformer-XL holds twice the bytes. It computes a little less than twice the
+# At equal slots the counts are the same, and the time of evaluation nearly so; training pays
+# something for $f_c$ and its loss. At equal range Transformer-XL holds twice the bytes. It computes a little less than twice the
 # scores, since the segment's own `T` keys count for both. At a long memory attention takes most of the time,
 # so the time follows the scores. At a short one the rest of the layers counts as well, and range costs less.
 #
@@ -1776,7 +1770,7 @@ for k in (0, 1):  # training, evaluation
 # | layer norm before each block, and so before the two reads that the reconstruction loss compares | after each block | as in chapter 1 |
 # | whole groups of `c` leave the memory, some a little early; longer calls are cut in pieces of `mem_len` | $\lfloor T / c \rfloor$ compressed states a segment | no state is lost when `c` does not divide the segment |
 # | most-used counts attention by content, from the segment that pushes the states out | average attention weights | the same look that the loss takes; no bookkeeping of weights |
-# | losses are mean squares, added up over layers | norms $\lVert \cdot \rVert_2$, added up over layers | the scale does not depend on the sizes; Adam and the clipping apart make it almost immaterial |
+# | losses are mean squares, added up over layers | norms $\lVert \cdot \rVert_2$, added up over layers | the scale does not depend on the sizes; Adam and the separate clipping make it almost immaterial |
 # | dilated: two convolutions of width 3, dilations 1 and 2, added to the states, then the convolution with stride `c` | not spelled out | the smallest version that looks past its group |
 # | BPTT goes from piece to piece within one call, and reaches $f_c$ alone | through a longer unroll | the same protocol for all models of this course |
 # | memories start empty | as zeros, which attention sees | a text should not depend on how many empty slots there are |
@@ -1822,7 +1816,7 @@ for k in (0, 1):  # training, evaluation
 # case that fails, what was expected and what came. All [solutions](solutions/02_compressive_transformer.ipynb), worked out in words and code.
 #
 # **2.1 Which tokens stand in a slot?** *(derive; easy; 10 minutes)* Both memories are full, `n` tokens have been read, and the
-# segments are a multiple of `c`. Slot 0 is the oldest compressed one, slot `C` the oldest of the memory. Tokens count from 0.
+# segment length is a multiple of `c`. Slot 0 is the oldest compressed one, slot `C` the oldest of the memory. Tokens count from 0.
 
 # %% tags=["exercise"]
 def my_slot(slot, n, M, C, c):
@@ -1859,7 +1853,7 @@ exercises.check("2.2", my_moved)
 # </details>
 #
 # **2.3 How to read a bucket figure** *(derive; middle; 10 minutes)* In section 2.5 the newest bucket of the segment gets less than the bucket
-# before, even where attention is even. What share of attention gets each of `n_remembered + T` slots if every query
+# before, even where attention is even. What share of attention does each of `n_remembered + T` slots get if every query
 # attends evenly to all that it may see?
 
 # %% tags=["exercise"]
@@ -1877,7 +1871,7 @@ exercises.check("2.3", my_even)
 #
 # </details>
 #
-# **2.4 Keep the newest** *(build; middle; 10 minutes)* Write a compression that keeps the newest of each `c` states. When it is right, say
+# **2.4 Keep the newest** *(build; middle; 10 minutes)* Write a compression that keeps the newest of each `c` states. When it is right, set
 # `COMPRESSIONS["newest"] = Newest` and build a model with `compression="newest", loss=None`. Where would you expect
 # it in the figure of section 2.4?
 
@@ -1897,8 +1891,8 @@ exercises.check("2.4", Newest)
 #
 # </details>
 #
-# **2.5 A pipeline with a fault** *(find the fault; middle; 15 minutes)* A colleague writes both memories anew, with the mean of two
-# as compression. The sizes are right, and the first segments are, too. What goes wrong later?
+# **2.5 A pipeline with a fault** *(find the fault; middle; 15 minutes)* A colleague has rewritten the update of both memories, with the mean
+# of two as compression. The sizes are right, and so are the first segments. What goes wrong later?
 
 # %% tags=["exercise"]
 def my_push(compressed, memory, x, M, C):
