@@ -80,9 +80,9 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `d_model` | width of a hidden state | `w` | tokens in a chunk |
 # | `L` | layers | `G` | chunks, `T / w` |
 #
-# One example goes with us through the chapter: the twelve tokens of `abracadabra!`, each with a vector. Here is what happens to them. Colours
-# are hash buckets: similar vectors mostly get the same colour. Sort the tokens by colour, cut the sorted row into chunks of equal length, and
-# let each chunk attend to itself and to the chunk before it. Then put the results back in the order of the text.
+# One example goes with us through the chapter: the twelve tokens of `abracadabra!`, each with a vector. Colours are hash buckets: similar
+# vectors mostly get the same colour. Sort the tokens by colour, cut the sorted row into chunks of equal length, and let each chunk attend
+# to itself and to the chunk before it. Then put the results back in the order of the text.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 TEXT, w = "abracadabra!", 4
@@ -146,9 +146,9 @@ print(f"kept for the backward pass: {by_layers:.1f} MiB; weights: {parameters:.1
 assert by_layers > 5 * parameters
 
 # %% [markdown]
-# One window keeps many times the size of the model, all of it for the backward pass, and it grows with length and depth. (When the paper was
-# written it was worse: attention stored its $T \times T$ weights. PyTorch's fused attention does not.) So much for memory. Time, fused or
-# not, grows because attention compares each token with all earlier ones:
+# One window keeps many times the size of the model, all of it for the backward pass, and it grows with length and depth. (When the paper
+# was written it was worse: attention stored its $T \times T$ weights. PyTorch's fused attention does not.) Time, fused or not, grows
+# because attention compares each token with all earlier ones:
 
 # %%
 def step_time(model, tokens, rounds=1):
@@ -180,8 +180,8 @@ for T in (512, 2048, 4096):
 # how far in the opposite ones, and $h(x)$ is the direction in which it goes farthest. Two vectors that point nearly the same way have nearly
 # the same products, so they mostly agree on which is the largest. The length of $x$ does not matter.
 #
-# **Shared QK.** A query and a key can only fall into the same bucket for a reason if they live in the same space. Reformer makes them the
-# same vector, but for its length: $k_j = q_j / \lVert q_j \rVert$. There is no key projection.
+# **Shared QK.** That a query and a key share a bucket means something only if they live in the same space. Reformer makes them the same
+# vector, but for its length: $k_j = q_j / \lVert q_j \rVert$. There is no key projection.
 #
 # For our example we choose the vectors by hand: two dimensions, one direction for each letter, and a little noise.
 
@@ -202,10 +202,10 @@ print(torch.cat([xD, -xD], dim=-1).argmax(dim=-1).tolist())
 # (Other numbers than in the first picture, for this is another matrix; round 1 below has the picture's.)
 
 # %% [markdown]
-# That is all of it. The function below does the same for all texts and heads, in several independent **rounds**: each round and each head has
-# a matrix of its own. Two more things are in it. With many buckets, one product for each direction would be dear, so above 32 buckets two
-# small hashes are put together, $h = h_1 + b_1 h_2$ with $b_1 b_2 \approx b$. And the numbers come from a seed, direction by direction, so
-# that one hash with fewer buckets has some of the same directions.
+# That is all of it. The function below does the same for all texts and heads, in several independent **rounds**: each round and each head
+# has a matrix of its own. Two more things are in it. With many buckets, one product for each direction would be dear, so above 32 buckets
+# two small hashes are put together, $h = h_1 + b_1 h_2$ with $b_1 b_2 \approx b$. And the numbers come from a seed, direction by direction:
+# a longer text will need more buckets, and then a single hash keeps its directions and adds new ones.
 
 # %% tags=["from-module"]
 def hash_vectors(x, n_buckets, n_rounds, seed):
@@ -385,12 +385,12 @@ figures.show(
 # Blue pairs are allowed. In the order of the text (above) they are scattered; sorted (below) they lie along the diagonal, and that is what
 # makes them cheap. Note the last column: when tokens of a bucket are sorted by position, "not the future" is a triangle.
 #
-# One more rule. A query is nearest to its own key, always: they are the same vector. It would look at little but itself. So $-10^5$ is added
-# to the score of $i = j$: a token looks at itself only if nothing else is there.
+# One more rule. A query is always nearest to its own key, and would look at little else. So $-10^5$ is added to the score of $i = j$: a
+# token looks at itself only if nothing else is there.
 #
-# With several rounds, the set of a query is the **union** of its sets in all rounds. Here is the whole definition, as plain as it can be: all
-# scores, what is hidden, one softmax. One small object, shared by all layers of a model, says how keys are found. Its last two switches
-# imitate other implementations; we come to them below.
+# With several rounds, the set of a query is the **union** of its sets in all rounds. Here is the whole definition: all scores, what is
+# hidden, one softmax. One small object, shared by all layers of a model, says how keys are found. Its last two switches imitate other
+# implementations (section 4.5).
 
 # %% tags=["from-module"]
 @dataclass(slots=True)
@@ -439,10 +439,13 @@ for name, weights in [("round 1 alone", one), ("two rounds", two), ("exact", exa
     print(f"{name:13}: the last a looks at", ", ".join(row))
 
 # %% [markdown]
+# Round 2 adds `a5`, and together they come close to exact attention here.
+#
 # ## 4.4 One round, chunk by chunk
 #
 # The definition computes $T \times T$ scores and hides most of them. To compute only the blocks on the diagonal, the tokens must really be
-# sorted. Two small functions do the moving. The first puts the tokens of each head in another order, as `take_along_dim` would. The second joins each chunk to the one before it.
+# sorted. Two small functions do it. The first puts the tokens of each head in another order, the second joins each chunk to the one before
+# it.
 
 # %% tags=["from-module"]
 def rearrange(x, order):
@@ -489,7 +492,7 @@ print(f"largest difference from the definition: {(by_hand - one @ v).abs().max()
 assert torch.allclose(by_hand, one @ v, atol=1e-6)
 
 # %% [markdown]
-# Only $T \cdot 2w$ scores were computed. When $T$ is 64 times as large and $w$ is not, that makes all the difference.
+# Only $T \cdot 2w$ scores were computed. In a long text that is a small part.
 #
 # ## 4.5 Several rounds, each key once
 #
@@ -569,7 +572,7 @@ figures.show(
 )
 
 # %% [markdown]
-# Then a round is what you wrote by hand, and its logsumexp, which PyTorch has a function for:
+# The dashes are the nothing before the first chunk. Now a round is what you wrote by hand, and its logsumexp:
 
 # %% tags=["from-module"]
 def one_round(q, k, v, mask, order, place):
@@ -581,8 +584,8 @@ def one_round(q, k, v, mask, order, place):
     return rearrange(o.flatten(2, 3), place), rearrange(z.flatten(2, 3), place)
 
 # %% [markdown]
-# All rounds together, at any length: the end is filled up with tokens that are last in position and in a bucket of their own. Half precision is computed in float32,
-# where $-10^5$ is a number and not infinity.
+# All rounds together, at any length: the end is filled up with tokens that are last in position and in a bucket of their own.
+# Half-precision inputs are computed in float32, where $-10^5$ is not infinity.
 
 # %% tags=["from-module"]
 def lsh_attention(q, k, v, buckets, settings):
@@ -625,9 +628,8 @@ assert max(errors) < 1e-10
 # ### How many rounds does it take?
 #
 # Take 1,024 vectors scattered around 64 directions, and measure how far hashed attention is from exact attention. Four curves: the paper;
-# without $N_{i,j}$, so that a key that is found eight times counts eight times; and **later code**, among it the authors' own, which leaves
-# out both $N_{i,j}$ and the comparison of buckets: whatever stands in the two chunks is looked at. And, to separate the two
-# omissions, one that looks at any bucket and counts each key once.
+# without $N_{i,j}$, where a key found eight times counts eight times; **later code**, among it the authors' own, which does not compare
+# buckets either, but looks at all that stands in the two chunks; and, to separate the two, any bucket with each key counted once.
 
 # %%
 def clustered(T, d, n_clusters, noise, scale):
@@ -682,10 +684,11 @@ figures.show(
 )
 
 # %% [markdown]
-# What makes the error keep falling is counting each key once. Without $N_{i,j}$ a key's weight is multiplied by the number of rounds that find
-# it, and near keys are found more often, so with ever more rounds the result goes to something else than exact attention. The comparison of buckets saves no time in this
-# code, and costs accuracy: whoever looks at any bucket sees more keys. (Later code leads with one round for that reason.) These are artificial
-# vectors in tight clusters, though; exercise 4.2 asks the trained model.
+# What makes the error keep falling is counting each key once. Without $N_{i,j}$ a key's weight is multiplied by the number of rounds that
+# find it, and near keys are found more often, so with ever more rounds the result tends to something other than exact attention. The
+# comparison of buckets saves no time in this code, and costs accuracy: without it a query sees more keys. (Hence the lead of later code
+# with one round.) It is here because the paper defines its sets so. These are artificial vectors in tight clusters, though; exercise 4.2
+# leaves $N$ out of a trained model.
 #
 # ### What it costs: $O(T \log T)$
 #
@@ -698,8 +701,8 @@ figures.show(
 # | sort | $T \log T$ | $O(T \log T)$ |
 # | scores and sums, $2w$ for each token | $4\,T\,w\,d$ | $O(T)$ |
 #
-# The paper's $O(T \log T)$ is the third row: it takes the number of rounds, the chunk and the cost of a hash as constants. Section 4.8
-# measures the total: what a token costs hardly depends on the length of the text.
+# The paper's $O(T \log T)$ is the third row: it takes the number of rounds, the chunk and the cost of a hash as constants. (Counting $N$
+# takes $2\,T\,w\,P^2$ comparisons more in all, so four rounds can cost more than twice as much as two.) Section 4.8 measures the total.
 #
 # ### The layer
 #
@@ -825,8 +828,8 @@ for name, mine, right in zip(names, again, [x1, x2, x1.grad, x2.grad]):
 # - **Autocast** must be set as it was, and modes (train or eval) and settings unchanged. `inputs.modes` lists what may not change, and
 #   `inputs.check_unchanged` says so if it did: an error, not a wrong gradient.
 #
-# The feed-forward block adds a third way to save: it treats every position by itself, so it need not treat them all at once. It computes a
-# long text in **pieces**, and each piece again when its gradient is needed, so that the hidden layer, four times as wide as the rest, never
+# The feed-forward block saves in its own way: it treats every position by itself, so it need not treat them all at once. It computes a long
+# text in **pieces**, and each piece again when its gradient is needed, so that the hidden layer, four times as wide as the rest, never
 # exists for the whole text.
 
 # %% tags=["from-module"]
@@ -884,7 +887,8 @@ def step_back(block, y1, y2, dy1, dy2, buckets, autocast, grads):
     return y2 - f.detach(), y1, dy2, dy1 + df[0]
 
 # %% [markdown]
-# An autograd function holds the two directions together. It keeps the last streams, and for each block its random state and buckets.
+# An autograd function holds the two directions together. It keeps the last streams, and for each block its random state and buckets. The
+# parameters are handed to it so that autograd asks it for their gradients.
 
 # %% tags=["from-module"]
 class Reversible(torch.autograd.Function):
@@ -1003,10 +1007,10 @@ assert relative < 1e-10
 # %% [markdown]
 # ## 4.7 Train it
 #
-# The same loop as in every chapter, with windows of 128 characters and chunks of 16. Six models: a Reformer with 1, 2 and 4 rounds; one with
-# exact attention; the vanilla transformer; and one that does not search at all, a plain **local window**. The last needs no new code: put all
-# tokens into one bucket. Sorting then leaves the order of the text, and a chunk looks at itself and at the one before, that is, at the latest
-# 16 to 31 characters before.
+# The same loop as in every chapter, with windows of 128 characters and chunks of 16. Six models: a Reformer with 1, 2 and 4 rounds; one
+# with exact attention; the vanilla transformer; and one that does not search at all, a plain **local window**. The last needs no new code:
+# put all tokens into one bucket. Sorting then leaves the order of the text, and a chunk looks at itself and at the one before: each
+# character sees the latest 16 to 31 before it.
 
 # %% tags=["band"]
 T, STEPS = 128, 250
@@ -1090,7 +1094,7 @@ assert text_band.high("exact") < text_band.low("vanilla")
 assert text_band.high("local window") < min(text_band.low(kind) for kind in hashed)
 
 # %% [markdown]
-# Can a model that was trained with few rounds win back what it lost if it is evaluated with many?
+# Can a model trained with few rounds win back what it lost when evaluated with many?
 
 # %%
 by_evaluation = {kind: [live[kind]] for kind in hashed}
@@ -1103,8 +1107,7 @@ figures.table(
 )
 
 # %% [markdown]
-# The same question for a Reformer of four layers that was trained for longer and comes with the package (see the book's page on
-# trained weights):
+# Hardly. Now a Reformer of four layers that was trained for longer and comes with the package (see the book's page on trained weights):
 
 # %%
 trained, vocab = memtx_minimal.load("reformer")  # on the CPU
@@ -1143,20 +1146,20 @@ print(f"trained with 2 rounds, read through a local window: {local:.3f}")
 assert local < live["2 rounds"] + 0.02
 
 # %% [markdown]
-# Here hashing costs: with each halving of the rounds the loss rises. After our short training a model that was trained with few rounds gets hardly any of it back by
-# being evaluated with many; after the longer one it does. The paper's advice to train with few rounds and evaluate with more comes from tasks like
-# the next one.
+# Here hashing costs: with each halving of the rounds the loss rises. The paper's advice to train with few rounds and evaluate with more
+# comes from tasks like the next one.
 #
 # And look at the local window. It does not search, and yet it does better than every other model, exact attention included, at least after
-# 250 steps; and the model that was trained with two rounds reads as well through such a window as by hashing. So this text cannot show what
-# hashing is *for*: for that you need a task whose answer stands far away. (The vanilla model ends above exact attention. It differs in
-# several things at once, its positions, keys of its own, a look at itself, one stream; so we do not say why.)
+# 250 steps; and the model trained with two rounds reads as well through such a window as by hashing. So this text cannot show what hashing
+# is *for*: for that you need a task whose answer stands far away. (The vanilla model ends above exact attention. It differs in several
+# things at once, its positions, keys of its own, a look at itself, one stream; so we do not say why.)
 #
 # ### The duplicate task: far away, at two lengths
 #
-# The paper's own test (section 5, Table 2). A sequence is `0 s 0 s`, where `s` is a string of random symbols, new each time (the paper writes
-# $w$). To predict the second `s` you must look back half the sequence for every symbol; nothing nearer helps. What do query and key have in
-# common there? Only their places. The model has to learn vectors in which each position is like the one half a sequence before the *next*.
+# The paper's own test (section 5, Table 2). A sequence is `0 s 0 s`, where `s` is a string of random symbols, new each time (the paper
+# writes $w$). To predict the second `s` you must look back half the sequence for every symbol; nothing nearer helps. What do query and key
+# have in common there? Only their places: the query stands at some $n$, the key at $n - T/2 + 1$, where the symbol that comes next stood
+# the first time. The model has to learn vectors that are alike at two such places.
 
 # %%
 tokens, targets, _ = next(tasks.duplicate(batch_size=1, length=16, seed=SEED))
@@ -1223,12 +1226,12 @@ for seeds in duplicate_band.values.values():  # (seeds, 5) each
     assert (seeds[:, 0] > 0.99).all() and (seeds[:, 1] > seeds[:, 4]).all()
 
 # %% [markdown]
-# What agrees with the paper: trained with hashing and evaluated with two rounds or more, nearly all is right, and every model does better with
-# eight rounds than with one. What does not: in the paper, models trained with hashing fail under exact attention (0.8 %, which is guessing among their 128 symbols), and one trained
-# with exact attention gets no further than 76.9 % with two rounds. Here exact attention is perfect for all, as one would expect of a method that
-# converges to it. A [published replication](https://github.com/arampacha/reformer_fastai) got other numbers again. Our task is shorter and
-# our model smaller, we mask other buckets and count duplicates once, as the text of the paper says, and we do not know what its code did in
-# that experiment.
+# What agrees with the paper: trained with hashing and evaluated with two rounds or more, nearly all is right, and every model does better
+# with eight rounds than with one. What does not: in the paper, models trained with hashing fail under exact attention (0.8 %, which is
+# guessing among their 128 symbols), and one trained with exact attention gets no further than 76.9 % with two rounds. Here exact attention
+# is perfect for all, as one would expect of a method that converges to it. A [published
+# replication](https://github.com/arampacha/reformer_fastai) got other numbers again. Our task is shorter and our model smaller, we mask
+# other buckets and count duplicates once, as the text of the paper says, and do not know what its code did there.
 #
 # Now twice as far: length 128. In one round a query sees at most 16 of the 128 keys.
 
@@ -1270,15 +1273,16 @@ far_band.check(far, margin=0.1)
 assert all(row[1] > 0.95 and row[3] > 0.9 and row[5] < 0.1 for row in far.values())
 
 # %% [markdown]
-# There it is: a local window knows nothing, and eight rounds of hashing find in 128 tokens what exact attention finds. Two rounds, with 32
-# scores for each query, find nearly all of it. (Eight compute as many scores as a full row has: at this length hashing finds, and saves nothing.) Training with hashing
-# takes longer to begin: as long as queries are random, so are the buckets, and the right key is seldom among those that are looked at.
+# A local window knows nothing, and eight rounds of hashing find in 128 tokens what exact attention finds. Two rounds, with 32 scores for
+# each query, find nearly all of it. (Eight compute as many scores as a full row has: at this length hashing finds, and saves nothing.)
+# Training with hashing takes longer to begin (and got 50 steps more), probably because random queries have random buckets, where the right
+# key is seldom found.
 #
 # ### Shared QK and reversible layers
 #
 # Figure 3 of the paper: curves with shared QK, and with reversible layers, lie near those without. All models use exact attention here, and
 # windows of 64 characters. Two variants have to be written: an ordinary attention, with a projection for keys, scores divided by
-# $\sqrt{d_{\text{head}}}$ and yourself allowed; and ordinary residuals with one stream.
+# $\sqrt{d_{\text{head}}}$ and a look at itself; and ordinary residuals with one stream, doubled only for the output layer.
 
 # %% tags=["band"]
 class SeparateQK(LSHAttention):
@@ -1353,7 +1357,7 @@ figures.table(
 
 # %% [markdown]
 # As in the paper, the variants end near one another, within 0.03 nats. They are not quite equal: with shared QK, the recorded seeds put
-# ordinary layers a hundredth of a nat below reversible ones. (Separate keys are not told apart from shared ones: their bands overlap.) What reversible layers cost in time is measured below.
+# ordinary layers a hundredth of a nat below reversible ones. (Separate keys are not told apart from shared ones: their bands overlap.)
 #
 # ### Time against length
 #
@@ -1408,15 +1412,15 @@ figures.show(
 )
 
 # %% [markdown]
-# The level lines are the paper's claim, and it holds. But mind where they are crossed, on this machine: read it from the figure. In 2020 attention meant a matrix of $T \times T$
-# weights, written to memory and read again. Fused attention never writes it, and for short texts hashing loses clearly. The code of this
+# The level lines are the paper's claim, and it holds. But see in the figure where they are crossed on this machine. In 2020 attention wrote
+# $T \times T$ weights to memory and read them again. Fused attention does not, and for short texts hashing loses clearly. The code of this
 # chapter is the plainest, not the fastest; appendix B makes it about twice as fast with the same results.
 #
 # ### Memory against depth
 #
 # Table 3 of the paper, in our letters: a transformer needs $\max(B\,T\,d_{ff},\; B\,H\,T^2)\,L$ numbers, a Reformer
-# $\max(B\,T\,d_{\text{model}},\; B\,H\,T\,P\,m)$. The depth has gone. Here $m = 2w$ is the number of scores for a token in one round, 128 with our
-# chunks of 64. (The paper's own expression for it differs.)
+# $\max(B\,T\,d_{\text{model}},\; B\,H\,T\,P\,m)$. The depth has gone, and, by the pieces, $d_{ff}$. Here $m = 2w$ is the number of scores
+# for a token in one round, 128 with our chunks of 64. (The paper's own expression for it differs.)
 #
 # Measure what autograd keeps at length 1,024: reversible or not, hashed or exact, and vanilla.
 
@@ -1466,10 +1470,9 @@ figures.show(
 )
 
 # %% [markdown]
-# With reversible layers what is kept does not grow with depth, except for buckets and random states: the last streams, and what the output layer
-# needs. Kept and hashed, a plain round costs a lot: autograd keeps masks, scores and softmaxes of all rounds. Reversible layers hold them for
-# one block at a time only. For that moment look at the
-# **peak**, the most that is held during a step; beside it, the time.
+# With reversible layers what is kept (the last streams, and what the output layer needs) does not grow with depth, except for buckets and
+# random states. Kept and hashed, a plain round costs a lot: autograd keeps masks, scores and softmaxes of all rounds. Reversible layers
+# hold them for one block at a time only. For that moment look at the **peak**, the most that is held during a step; beside it, the time.
 #
 # Is there no simpler way? There is: **gradient checkpointing** keeps the input of each block, one stream and no more, and computes the block
 # again in the backward pass.
@@ -1523,16 +1526,16 @@ assert stored[-1] > 3 * stored[-2] and fused[-1] > 5 * reversible[-1]
 assert 1.8 < fused[-1] / fused[-2] < 2.2 and 1.8 < reversible[-1] / reversible[-2] < 2.2
 
 # %% [markdown]
-# Stored weights grow with the square of the length, all others in proportion to it. The formulas of Table 3 count the largest tensor: for the
-# transformer that of each layer, for the Reformer that of one layer, its scores. (The pieces of the feed-forward block do for its hidden layer
-# what chunks do for scores; but as long as attention needs more, as here, they leave the peak of the whole model as it is.)
+# Stored weights grow with the square of the length and soon fill their row; all else grows in proportion to it. The formulas of Table 3
+# count the largest tensor: for the transformer once a layer, for the Reformer once. (Here that is the scores, $H P m = 4 \cdot 2 \cdot 128$
+# numbers a token; the hidden layer of the feed-forward block has $d_{ff} = 512$, so its pieces do not lower the largest.)
 
 # %% [markdown]
 # ## 4.9 Where it looks
 #
-# How much of what exact attention would look at lies in the query's own bucket, where one round can find it? Take the model trained with two
-# rounds, and the buckets of its first round. Add up the weights of *exact* attention by the bucket of the query and of the key. What lies on
-# the diagonal, that round can find at most. The rest it misses. (`measure.look(model, tokens)` gives the weights of hashed attention, all rounds
+# How much of what exact attention would look at lies in the query's own bucket, where one round can find it? Take the model trained with
+# two rounds, and its first round's buckets. Add up the weights of *exact* attention by the bucket of the query and of the key. The diagonal
+# is the most that this round can find; the rest it misses. (`measure.look(model, tokens)` gives the weights of hashed attention, all rounds
 # together.)
 
 # %%
@@ -1587,8 +1590,8 @@ figures.show(
 # %% [markdown]
 # One round can find only a part of the attention, though more than a blind choice of as many keys would. That is why rounds are added up.
 #
-# Look for yourself, in the model that was trained for longer. Point at a character, or step to one with the arrow keys: what is underlined its rounds may find, and
-# the bars say how much of it is read.
+# Look for yourself, in the model trained for longer. Point at a character, or step to one with the arrow keys: what is underlined its
+# rounds may find, and the bars say how much of it is read. (`bucket 100%`: all that it reads, a round has found.)
 
 # %%
 seen = measure.reads(trained, text[:256])
@@ -1631,9 +1634,9 @@ assert leak.max() < 1e-9  # the last one is exact attention
 #
 # ### A strictly causal variant
 #
-# It is the chunks that leak, not the buckets: a bucket depends on the token's own query, which comes from the token and its past. (The number
-# of buckets depends on the length alone.) So count differently. Let a token's chunk be its **rank in
-# its own bucket**, divided by $w$. The rank counts earlier tokens only, so nothing later can move it. In the definition that is one line:
+# It is the chunks that leak, not the buckets: a bucket depends on the token's own query, which comes from the token and its past. (The
+# number of buckets depends on the length alone.) So count differently. Let a token's chunk be its **rank in its own bucket**, divided by
+# $w$. The rank counts earlier tokens only, so nothing later can move it. In the definition `rank` replaces `place`:
 
 # %%
 def causal_weights(q, k, h, w):
@@ -1674,7 +1677,7 @@ assert abs(causal_loss - chunked_loss) < 0.02
 # | here | the paper | why |
 # | --- | --- | --- |
 # | above 32 buckets, two small hashes are put together | one hash; the authors' code splits it above 128 buckets when it picks the number itself | a hash with many directions is dear |
-# | before the first chunk lies nothing | the last chunk of the round before | with the comparison of buckets it makes no difference; without it (`same_bucket=False`) first chunks differ from later code |
+# | before the first chunk lies nothing | in the authors' code all rounds form one row, and a round's first chunk sees the last of the round before | each round has its own buckets, so where they are compared nothing changes; with `same_bucket=False` first chunks differ from later code |
 # | windows of up to two chunks get exact attention | always hashed | costs no more, and finds more |
 # | every layer hashes | in the authors' configuration for enwik8 one layer of four; the others look at a local window | one idea at a time |
 # | the random matrices are new at each step of training, and fixed in evaluation | random | evaluation can be repeated |
@@ -1693,8 +1696,8 @@ assert abs(causal_loss - chunked_loss) < 0.02
 # [checkpointing](https://arxiv.org/abs/1604.06174), which needs no second stream. Axial positions have given
 # way to [rotary ones](https://arxiv.org/abs/2104.09864), which need no table.
 #
-# But texts grew to a million tokens, and the question which few keys to read came back. Some works, with the
-# year in which each was first public (which idea each goes back to is our reading, not always its authors'):
+# But texts grew to a million tokens, and the question of which few keys to read came back. Some works, with the year in which each was
+# first public (which idea each goes back to is our reading, not always its authors'):
 #
 # - The [Routing Transformer](https://arxiv.org/abs/2003.05997) (2020) puts learned clusters in the place of
 #   hash buckets: each query attends only to keys of its own cluster.
@@ -1728,7 +1731,7 @@ exercises.check("4.1", my_hash)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# $h(x) = \arg\max\,([xD\,;\,-xD])$: how far goes each vector in each direction, and in the opposite ones?
+# $h(x) = \arg\max\,([xD\,;\,-xD])$: how far does each vector go in each direction, and in the opposite ones?
 #
 # </details>
 #
@@ -1784,7 +1787,8 @@ exercises.check("4.4", my_places)
 #
 # </details>
 #
-# **4.5 The sets** *(build; middle; 20 minutes)* For one head and one round, write the sets $\mathcal P_i$. Use the words of section 4.3, not its code.
+# **4.5 The sets** *(build; middle; 20 minutes)* For one head and one round, write the sets $\mathcal P_i$, $i$ included. Use the words of
+# section 4.3, not its code.
 
 # %% tags=["exercise"]
 def my_sets(buckets, w):
