@@ -20,10 +20,10 @@
 # To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
-# You have a task, and several models that remember. Which do you take? Each paper compares its own model with
-# the one before it, on its own data, at its own size. This chapter puts all of them side by side: the same
-# parameters, the same text, the same tasks, one machine. It ends in a **decision table** (section 5.9). If you came
-# for that, go there, and follow its last column back to the figures.
+# You have a task, and several models that remember. Which do you take? Each paper compares its own model with the
+# one before it, on its own data, at its own size. This chapter puts all side by side: the same
+# parameters, the same text, the same tasks, one machine. It ends in a **decision table** (section 5.9), whose
+# last column leads back to the figures.
 #
 # **When you have read it, you can**
 # - name the four ways in which a comparison of such models can be fair, and say what each hides;
@@ -91,8 +91,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 #
 # ## 5.1 Four races
 #
-# "Model A is better than model B" says nothing until you say what they had in common. There are four
-# candidates, and each is a race of its own:
+# "Model A is better than model B" says nothing until you say what they had in common. There are four candidates:
 #
 # | equal | asks | hides | fair to someone who |
 # | --- | --- | --- | --- |
@@ -101,10 +100,10 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | **minutes** | what have I got after an hour? | the machine: another one ranks them otherwise | pays for computing |
 # | **bytes of state** | what does it remember in the same space? | what it costs to use that space | serves many texts, or one on a small device |
 #
-# No model wins all four, and the choice of the race decides more than the choice of the seed does. Here
-# parameters are equal throughout (but for the costs of section 5.7, compared at equal widths). Text is raced by
-# tokens (section 5.3) and by minutes (5.4), copying and recall at equal bytes of state (5.5). Each training
-# was run with five seeds beforehand, drawn in grey; your own run is on top.
+# No model wins all four, and the choice of the race decides more than the seed does. Here parameters are equal
+# throughout (but for the costs of section 5.7, compared at equal widths). Text is raced by tokens (section 5.3)
+# and by minutes (5.4), copying and recall at equal bytes of state (5.5). Each training was run with five seeds
+# beforehand, drawn in grey; your own run is on top.
 #
 # ## 5.2 Six ways to remember
 #
@@ -137,12 +136,12 @@ class Reread(nn.Module):
         return self.model(text)[0][:, -tokens.size(1) :], text
 
 # %% [markdown]
-# So "state" has one meaning for all: what must be held of a text between two calls. Each model gets at most
-# 16 KiB of it, at width 64, with two layers and four bytes a number: 32 states a layer for Transformer-XL, 16 and
-# 16 for the Compressive Transformer, 64 vectors for Feedback, and 16 tokens for the sliding window, since a key
-# and a value are two vectors. (In training the window is a Transformer-XL in which each query sees its latest
-# `mem_len` keys, `same_length`.) Vanilla and Reformer hold up to 256 tokens, at eight bytes each; Reformer's
-# table of positions, `axial_shape`, has 16 times 16.
+# So *the state* of a text is, for all, what must be held of it between two calls; *states* are hidden vectors.
+# Each model gets at most 16 KiB, at width 64, with two layers and four bytes a number: 32 states a layer for
+# Transformer-XL, 16 and 16 compressed ones for the Compressive Transformer, 64 vectors for Feedback, and 16
+# tokens for the sliding window, since a key and a value are two vectors. (In training the window is a
+# Transformer-XL in which each query sees its latest `mem_len` keys, `same_length`.) Vanilla and Reformer hold up
+# to 256 tokens, at eight bytes each; Reformer's table of positions, `axial_shape`, has 16 times 16.
 
 # %% tags=["band"]
 SIZES = dict(d_model=64, n_heads=4, n_layers=2)
@@ -160,11 +159,11 @@ MODELS = {  # each with at most 16 KiB of state a text
 REREAD = "vanilla", "Reformer"
 
 # %% [markdown]
-# (`POOLED`: the Compressive Transformer takes the mean of four states. It is the simplest function of chapter
-# 2, does well there, and has no parameters.) Transformer-XL has a matrix more in each layer than vanilla,
-# Feedback has fewer. To make parameters equal, `make` gives what is missing to the feed-forward blocks, or
-# takes it from there. Feedback and Reformer come in their fast versions (appendices A and B), which compute the
-# same; Reformer's embeddings and positions begin small.
+# (`POOLED`: the Compressive Transformer takes the mean of four states, which does well in chapter 2 and has no
+# parameters.) Transformer-XL has a matrix more in each layer than vanilla, Feedback has fewer. To make parameters
+# equal, `make` gives what is missing to the feed-forward blocks, or takes it from there. Feedback and Reformer
+# come in their fast versions (appendices A and B), which compute the same; Reformer's embeddings and positions
+# begin small, as in chapter 4.
 
 # %% tags=["band"]
 def count(model):
@@ -245,9 +244,9 @@ for token in corpus.valid[None, :40].to(device).split(1, dim=1):
 print(f"40 characters in a window of {window.mem_len}: the same logits from the cache")
 
 # %% [markdown]
-# Now the first table: parameters, state, and what must wait for what. For the last column we count how many
-# layers run *one after the other* when 64 tokens are read (of Reformer's blocks every second is attention: one a
-# layer). Where that number does not grow with the tokens, a GPU computes all tokens side by side.
+# The last column of the next table counts how many layers run *one after the other* when 64 tokens are read (of
+# Reformer's blocks every second is attention: one a layer). Where that number does not grow with the tokens, a
+# GPU computes all tokens side by side.
 
 # %%
 @torch.no_grad()
@@ -294,8 +293,9 @@ assert turns["Feedback"] == 64 * turns["vanilla"] == 16 * turns["Compressive"]
 # ## 5.3 Equal tokens
 #
 # Each model is trained on the same number of characters, 512 a step, and then reads validation text. Models with
-# a memory read segments of 32. Vanilla reads windows of 64 and Reformer of 128, in fewer lanes, so that a step
-# has as many characters. (`MINUTES` is for section 5.4.)
+# a memory read segments of 32. Vanilla reads windows of 64, as long as segment and memory of Transformer-XL, and
+# Reformer of 128, eight of its chunks, in fewer lanes, so that a step has as many characters. (`MINUTES` is for
+# section 5.4.)
 
 # %% tags=["band"]
 T, STEPS, LANES = 32, 250, 16
@@ -380,8 +380,8 @@ if text_band.seeds:
 assert tokens_race["Transformer-XL"] < tokens_race["vanilla"]
 
 # %% [markdown]
-# The four with a memory beyond their segment are ahead of both that start each window from nothing, though
-# those windows are longer. Among the four the differences are small. Reformer is last.
+# The four with a memory beyond their segment are ahead of both that start each window from nothing, though those
+# windows are longer. Among the four the differences are small.
 #
 # How much of the past does each of them use? At a thousand places of the validation text, let the model read
 # `n` characters from nothing and predict the next one:
@@ -419,17 +419,19 @@ if text_band.seeds:
         assert name != "Reformer" or curve[-1] > curve[0] - 0.1
 
 # %% [markdown]
-# The four with memory fall steeply over the first eight characters, and hardly move after 16, which all of them
-# hold. That is why text of this kind, read by models of this size, cannot tell long memories apart. In 250 steps
-# vanilla has learned to use a few characters, and Reformer predicts no better from 64 than from one. Why it does
-# worst with 2 to 8, we have not looked into.
+# The four with memory fall steeply over the first eight characters (they seldom meet so few in training), and
+# hardly move after 16, which all of them hold. So text of this kind, read by models of this size, cannot tell
+# long memories apart, and it is not the length of theirs that puts the four ahead. They are also told how far
+# away a token stands, the other two at which place of the window; whether that is the cause was not tried. In 250
+# steps vanilla has learned to use a few characters, and Reformer predicts no better from 64 than from one. (Why
+# it does worst with 2 to 8, we do not know.)
 #
 # ## 5.4 Equal minutes
 #
 # A step of Feedback takes several times as long as one of vanilla. Give each model the same *time*: as long as
-# vanilla needs for 300 steps. Time cannot be recorded, since your machine is not ours. So the recorded seeds took
-# a fixed number of steps, `MINUTES`, worked out from ratios measured once. The next cell measures them on your
-# machine, the models in turns, so that whatever else it does falls on all of them.
+# vanilla needs for 300 steps. Time cannot be recorded, since your machine is not ours. So the recorded seeds and
+# your run take a fixed number of steps, `MINUTES`, worked out from ratios measured once. The next cell measures
+# them on your machine, the models in turns, so that whatever else it does falls on all of them.
 
 # %%
 def one_step(name):
@@ -580,18 +582,16 @@ assert copy_band.high("Compressive") < 0.7 * copy_band.low("Transformer-XL")
 # %% [markdown]
 # The sliding window is blind: each token sees itself and 15 before it, so two layers reach 30 tokens back, and
 # the answer stands further away. With the same bytes Transformer-XL reaches it, since it holds one vector a token
-# and layer where a cache of keys and values holds two. It pays in time (section 5.7). Feedback holds one vector a
-# token for all layers, and reaches it with room to spare. The Compressive Transformer *reaches* the answer too,
-# but in a state that stands for four tokens, and their mean says little about which came first. Vanilla and
-# Reformer hold all 64 tokens, and yet have not fully learned the task in 300 steps. They are told at which place of the
-# window a token stands, not how far away it is; that may be why.
+# and layer where a cache of keys and values holds two. Feedback holds one vector a token for all layers, and
+# reaches it with room to spare. The Compressive Transformer *reaches* the answer too, but in a state that stands
+# for four tokens, and their mean says little about which came first. Vanilla and Reformer hold all 64 tokens, and
+# yet have not fully learned the task in 300 steps. That they are told places, not distances, may be why.
 #
 # ### Recall by age
 #
 # In the recall stream keys are given one of eight values each, and asked for later. The older an answer, the
 # further back the model must look. Chapter 2 has recorded five seeds of Transformer-XL and of the Compressive
-# Transformer at these sizes and this state, the latter also with means of four. That takes 4,000 steps each, so
-# it is not run again:
+# Transformer with means of four, at these sizes and this state. They take 4,000 steps each and are not run again:
 
 # %%
 chapter_2 = bands.load("02_recall_scores", None).values
@@ -637,10 +637,9 @@ assert bands.load("03_card_scores", None).low("Feedback").min() > 0.9  # in chap
 # where Transformer-XL can answer. In copying, where each symbol must come back exactly and in order, the same
 # states lost. In equal bytes you choose between *how much* of a long past and *how exactly* a shorter one.
 #
-# (The other four were not run. Vanilla and Reformer hold more tokens of text than the figure asks for, and the
-# sliding window half the tokens of Transformer-XL. Feedback can look things up, as in the card game of chapter 3,
-# the last assertion above, but learned it from shorter games first; without them the training would be measured,
-# not the memory.)
+# (The other four were not run. Vanilla and Reformer hold more text than the figure asks for, the sliding window
+# half the tokens of Transformer-XL. Feedback can look things up, as in the card game of chapter 3, the last
+# assertion above, but learned it from shorter games; without them you would measure the training.)
 #
 # ## 5.6 Following the ball
 #
@@ -660,8 +659,8 @@ for name in ("sliding window", "Compressive"):
 print("three models, the same weights, the same logits")
 
 # %% [markdown]
-# So four models play. Lessons begin with games of two swaps, and end with eight. Feedback learns at the rate that
-# suits it, 1e-2, the others at 3e-3.
+# So four models play. Lessons begin with games of two swaps, and end with eight. Feedback learns at 1e-2, the
+# others at 3e-3: the rates of Feedback and vanilla in chapter 3. No others are compared.
 
 # %% tags=["band"]
 LESSONS = [(2, 150), (4, 250), (8, 150)]  # swaps in a game, steps
@@ -709,8 +708,8 @@ axes.set_title("Where is the ball?")
 axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.2))
 figures.show(
     figure,
-    "Feedback is right after each of eight swaps, in all seeds. Vanilla, Transformer- "
-    "XL and Reformer fall from certain to about four in ten.",
+    "Feedback is right after each of eight swaps, in all seeds. Vanilla, "
+    "Transformer-XL and Reformer fall from certain to about four in ten.",
 )
 
 # %%
@@ -725,9 +724,9 @@ for name in PLAYERS:
 #
 # ## 5.7 What it costs
 #
-# Give each model a state that covers `n` tokens: `n` states a layer for Transformer-XL, `n / 5` and `n / 5` of
-# four tokens each for the Compressive Transformer, a text of `n` for those that read again. Weights and states
-# are made up, since time and bytes do not depend on what is in them.
+# Give each model a state that covers `n` tokens: `n` states a layer for Transformer-XL and the window, `n / 5`
+# and `n / 5` of four tokens each for the Compressive Transformer, `n` vectors for Feedback, a text of `n` for
+# those that read again. Weights and states are made up: time and bytes do not depend on what is in them.
 
 # %%
 def covering(name, n, n_layers):
@@ -763,8 +762,8 @@ def full(name, n, L, writing):
 #
 # One more token after `n`, with eight layers. Feedback and the window hold keys and values (`Cached`, chapter 3:
 # now Feedback, too, keeps two vectors a token); Transformer-XL and the Compressive Transformer make them from
-# their states at each call; vanilla and Reformer read the `n` tokens again. After 30,000 tokens only the two with
-# the smallest states are run.
+# their states at each call; vanilla and Reformer read the `n` tokens again. After 30,000 tokens only Feedback and
+# the Compressive Transformer are run.
 
 # %%
 DEEP = 8
@@ -815,8 +814,8 @@ figures.table(
 
 # %% [markdown]
 # The smallest state is the text itself, eight bytes a token. The price is to read it all again for each new one.
-# Among the others Feedback holds the least, with eight layers: its keys and values serve all layers, whatever their
-# number. (With few layers the Compressive Transformer holds less; exercise 5.3 finds the border.)
+# Among the others Feedback holds the least, with eight layers: its keys and values serve all layers. (With few
+# layers the Compressive Transformer holds less; exercise 5.3 finds the border.)
 #
 # ### Training
 #
@@ -896,22 +895,23 @@ assert took["vanilla"][100][0] > took["Reformer"][100][0]
 assert took["Feedback"][100][0] < took["Transformer-XL"][100][0]
 
 # %% [markdown]
-# - **Writing.** Vanilla falls most steeply; Reformer less so, but from a slow start. Feedback and the window fall
-# slowly: only attention grows. Transformer-XL and the Compressive Transformer make the keys and values of every
-# slot anew, and lie between. After 10,000 tokens Feedback writes fastest. What made it slow in training, one token
-# after the other, is how every model writes.
+# - **Writing.** The time of vanilla rises most steeply; Reformer's less so, but from a slow start. With Feedback
+# and the window it rises slowly: only attention grows. Transformer-XL and the Compressive Transformer make the
+# keys and values of every slot anew, and lie between. After 10,000 tokens Feedback writes fastest. What made it
+# slow in training, one token after the other, is how every model writes.
 # - **Training, short.** At 100 tokens vanilla is by far the fastest: fused attention, no memory, nothing to
 # sort. Feedback is the slowest.
-# - **Training, long.** In a window of 10,000 tokens hashing has overtaken exact attention, with gradients
-# through all of the text. The memory models train a segment at a time. Their cost is that of attention from 64
-# queries to all they hold, so it grows with `n` and is lower for the Compressive Transformer, which has `2 n / 5`
-# slots. (At 100 tokens its memory is 20, so it reads a segment in pieces of 20.) But no gradient goes into their
-# past: what should be kept is learned from the segment alone.
+# - **Training, long.** In a window of 10,000 tokens hashing has overtaken exact attention, with gradients through
+# all of the text. The memory models train a segment of 64 at a time, which attends to all they hold. So their
+# cost grows with `n`, and is lower for the Compressive Transformer, which has `2 n / 5` slots. (At 100 tokens its
+# memory is 20, so it reads a segment in pieces of 20.) But no gradient goes into their past: what should be kept
+# is learned from the segment alone.
 #
 # ### Deep models
 #
-# With two layers, in the last table above, Reformer holds the most. How much more does a step of training hold for
-# each further layer? 1,024 tokens for all: one window, or segments of 64 of 16 texts.
+# With two layers and one text, in the last table above, Reformer holds the most. How much more does a step of
+# training hold for each further layer? Now all read 1,024 tokens: one window, or segments of 64 of 16 texts, which
+# make the memory models hold more than above.
 
 # %%
 def peak_of(name, n_layers):
@@ -950,7 +950,8 @@ assert all(growth["Reformer"] < 0.5 * growth[n] for n in MODELS if n != "Reforme
 #
 # Bytes and operations can be computed. First the formulas, for writing one token with a state of `K` slots; a
 # product of matrices $(m, n)$ and $(n, p)$ counts $2\,m\,n\,p$ operations, and all else is left out. The first
-# function says how many buckets Reformer's hash has, twice as many as chunks (chapter 4).
+# function counts the buckets of Reformer's hash, twice as many as chunks; above 32, those of its two small
+# hashes, added (chapter 4).
 
 # %%
 def hash_size(n_chunks):
@@ -991,8 +992,7 @@ def operations(name, K, L, d_model, d_ff, vocab_size=64, P=2, w=32):
 
 
 # %% [markdown]
-# Are they right? PyTorch counts the operations of a model that it runs. Hold them against the formulas at small
-# sizes:
+# PyTorch counts the operations that it runs. Hold them against the formulas at small sizes:
 
 # %%
 @torch.no_grad()
@@ -1046,8 +1046,9 @@ rows = [row(name, *sizes) for name, sizes in PAPERS.items()]
 figures.table("One text, at the papers' sizes for enwik8", header, rows)
 
 # %% [markdown]
-# Feedback holds the least of the three that keep states, and computes by far the least: it has its keys and values.
-# Now a million tokens, with 24 layers of width 1,024 for all, as if each could be trained to use them:
+# Feedback, here also the smallest model, holds the least of the three that keep states, and computes by far the
+# least: its keys and values are kept. Now a million tokens, with 24 layers of width 1,024 for all, as if each
+# could be trained to use them:
 
 # %%
 WIDE = 24, 1024, 4096
@@ -1062,18 +1063,17 @@ assert sizes["Compressive"] > 4 * sizes["Feedback"]
 assert million["vanilla"] > 100 * million["Reformer"] > 100 * million["Feedback"]
 
 # %% [markdown]
-# A million tokens: with keys and values of all 24 layers a text takes 24 times what Feedback holds, whose keys
-# and values serve all layers. Making keys and values anew, already the bulk of the cost at a few thousand states,
-# is out of the question at this length, and so is reading again. This is arithmetic, not a promise: nobody has
-# trained these models over a million tokens, and a sliding window of fixed length would cost the same there as at
-# ten thousand. It would just not hold the million.
+# With keys and values of all 24 layers a text takes 24 times what Feedback holds, whose keys and values serve all
+# layers. Making keys and values anew is out of the question at this length, and so is reading again. This is
+# arithmetic, not a promise; a sliding window of fixed length would cost the same there as at ten thousand,
+# but not hold the million.
 #
 # ### At a glance
 #
 # Nine measurements in one picture. Each small chart has its own scale, from zero; more is better where the title
-# does not say less. The best bar is filled, the others are pale. For the ball, the sliding window and the
-# Compressive Transformer stand where Transformer-XL does (section 5.6). "Training after 10,000" is a window of
-# 10,000 for vanilla and Reformer, a segment of 64 for the others.
+# does not say less. The best bar is filled (too short to see in "state"), the others are pale. For the ball, the
+# sliding window and the Compressive Transformer stand where Transformer-XL does (section 5.6). "Training after
+# 10,000" is a window of 10,000 for vanilla and Reformer, a segment of 64 for the others.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 losses = {short(key): loss for key, loss in minutes_race.items()}
@@ -1124,10 +1124,10 @@ figures.show(
 # %% [markdown]
 # ### Look inside
 #
-# What does each model hold when it reads a character? Here three models read the same text. They were trained for
-# longer and come with the package (the book's page on trained weights). Point at a character, or step
-# to one with the arrow keys. A tray is a slot that the model has: one for each character, or one for four; the
-# bar above says how much attention goes to it.
+# What does each model hold when it reads a character? Here three models, trained for longer (the book's page on
+# trained weights), read the same text. Point at a character, or step to one with the arrow keys. A tray is a slot
+# that the model has: one for each character, or one for four; the bar above says how much attention goes to it
+# (top layer first).
 
 # %%
 seen = {}
@@ -1203,23 +1203,23 @@ assert taken[3:5] == ["Reformer", "Reformer"]
 assert not text_band.seeds or taken[5] == "sliding window"
 
 # %% [markdown]
-# Read a row as advice with its reason, not as a law. "Feedback" stands twice for the same reason: what each
-# step found is there for the next, in one vector, and where tokens come one by one anyway that costs nothing.
-# If you must *train* such a model on much text, section 5.4 is the price. And if your texts are short, a few
-# hundred tokens, vanilla trains fastest (5.7); the sliding window learned more here, per token and per minute.
+# Read a row as advice with its reason, not as a law. "Feedback" stands twice: one vector for all layers is small,
+# and hands on what each step found. Where tokens come one by one anyway, that costs nothing. If you must *train*
+# such a model on much text, section 5.4 is the price. And if your texts are short, a few hundred tokens, vanilla
+# trains fastest (5.7); the sliding window learned more here, per token and per minute.
 #
 # ## 5.10 What this chapter does not show
 #
 # - **Size.** Two layers of width 64, a hundred thousand parameters, seconds of training. What is a matter of
-# construction (bytes, operations, what waits for what, which ages are out of reach) holds at any size.
-# Losses on text do not carry over: chapters 1 to 4 quote what the papers found at theirs.
+# construction (bytes, operations, what waits for what, which ages are out of reach) holds at any size. Losses on
+# text do not carry over: chapters 1 to 4 quote the papers'.
 # - **Settings.** One learning rate for all, but for the cups, and no search for each model. Chapters 1 to 4 train
 # each model on its own terms.
 # - **The compression.** Means of four, not the paper's convolution with its own loss (chapter 2).
 # - **Time** on two cores of a CPU. On a GPU, what runs in parallel gains far more than what waits: expect
 # Feedback to fall back in training, and vanilla's fused attention to hold out longer against hashing.
-# - **Today's models** are none of these. Most have windows and caches, and many mix layers of several kinds:
-# a few that see everything among many that see a window.
+# - **Today's models** are none of these. Most have windows and caches, and many mix a few layers that see
+# everything with many that see a window.
 #
 # ## 5.11 Exercises
 #
@@ -1227,8 +1227,8 @@ assert not text_band.seeds or taken[5] == "sliding window"
 # case that fails, what was expected and what came. All [solutions](solutions/05_which_memory.ipynb), worked out
 # in words and code.
 #
-# **5.1 Side by side?** *(predict; easy; 5 minutes)* In training, does a model compute all tokens of a segment side
-# by side, layer by layer, if the segment is no longer than its memory? Write True or False.
+# **5.1 Side by side?** *(predict; easy; 5 minutes)* In training, does a model compute all tokens of a segment
+# side by side, layer by layer, if the segment is no longer than its memory (if any)? Write True or False.
 
 # %% tags=["exercise"]
 my_answers = {
