@@ -116,8 +116,9 @@ def test_the_past_counts_or_does_not(decay, kept):
     k[:, 1], k[:, 3], got[:, 1], got[:, 2] = 3 * slow, 2 * slow, 9, 9
     q, new = slow.expand(1, 4, 1, 8), torch.zeros(1, 4, 1, 8)
     memory = cache(q.flatten(2), q, new, new, (k, k, got))[1]
-    where = cache.stays(F.pad(got, (0, 0, 0, 4)) * decay + spent(cache, q, k, new))
-    assert where.flatten().tolist() == kept
+    total = F.pad(got, (0, 0, 0, 4)) * decay + spent(cache, q, k, new)
+    assert cache.stays(total).flatten().tolist() == kept
+    torch.testing.assert_close(memory[2], total[:, kept])
     assert torch.equal(memory[0][:, :2], k[:, kept[:2]])
 
 
