@@ -162,6 +162,23 @@ def test_a_pooled_slot_is_a_mean_weighted_by_the_gate():
     assert torch.equal(today.pool(k, v, gate, place[:1])[1], v)
 
 
+def test_a_query_reads_blocks_at_the_place_of_their_last_token():
+    """By the definition, one query after the other: three blocks of 2, a window of 3."""
+    memory = Pooled(8, 2, mem_len=3, compressed_len=3, compression_rate=2).double()
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter)
+    q, k, v = heads_of(3, 1, 12, 2, 4)
+    read = memory(q.flatten(2), q, k, v, memory.empty(k))[0]  # (1, H, T, d_head)
+    slots = today.pool(k, v, memory.gate, memory.gate_place)
+    for t in range(12):
+        left = max(0, t + 1 - 3) // 2  # blocks that have left the window
+        own = range(max(0, left - 3), left)
+        keys, values = (torch.cat([a[:, own], b[:, 2 * left : t + 1]], dim=1) for a, b in zip(slots, (k, v)))
+        place = torch.tensor([2 * n + 1 for n in own] + [*range(2 * left, t + 1)])
+        weights = today.scores_of(q[:, t : t + 1], keys, torch.tensor([t]), place).softmax(-1)
+        torch.testing.assert_close(read[:, :, t : t + 1], weights @ values.transpose(1, 2))
+
+
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 6), st.integers(0, 40))
 @settings(max_examples=80, deadline=None)
 def test_blocks_and_window_share_out_the_past(mem_len, c, compressed_len, t):
