@@ -597,3 +597,117 @@ def youngest_first(read, tokens):
         if torch.equal(read(changed), read(tokens)):
             return age - 1
     return age
+
+
+# ---------------------------------------------------------------- chapter 6
+
+
+def test_what_chapter_6_calls_right_is_what_its_module_does():
+    from memtx_minimal import measure, memory_today
+    from memtx_minimal.exercises import chapter_6 as six
+
+    for got in ([4, 1, 2, 7, 3, 9, 5, 1, 8, 2], [5, 4, 3, 2, 1], [1, 2]):
+        cache = memory_today.Cache(4, 1, mem_len=7, n_sinks=2, n_used=2)
+        assert six.slots(got) == cache.stays(torch.tensor(got).float().view(1, -1, 1)).flatten().tolist()
+    q, k = six.random(1, 1, 1, 8), six.random(1, 1, 1, 8, seed=1)
+    for n in (0, 3, 40):
+        score = 8**0.5 * memory_today.scores_of(q, k, torch.tensor([50]), torch.tensor([50 - n]))
+        torch.testing.assert_close(six.product(q[0, 0, 0], k[0, 0, 0], n), score.squeeze())
+    for n, mem_len, c in [(10, 4, 3), (12, 4, 3), (3, 4, 3), (9, 4, 2), (7, 2, 1)]:
+        place, end = torch.arange(n), c * torch.arange(1, n // c + 1)
+        shown, window = memory_today.in_view(place[-1:], end, place, mem_len, 99, c)
+        blocks = [[*range(e - c, e)] for e in end[shown[0]].tolist()]
+        assert six.view(n, mem_len, c) == (blocks, place[window[0]].tolist())
+    for n in (1, 36, 75, 200):
+        sizes = dict(vocab_size=9, d_model=16, n_heads=2, n_layers=2, d_ff=8)
+        for kind, size in six.sizes(n, 16, 2, 2).items():
+            model, memory = memory_today.MemoryToday(**sizes, kind=kind), None
+            with torch.no_grad():
+                for token in torch.zeros(n, 1, 1, dtype=torch.int64):
+                    _, memory = model(token, memory)
+            assert measure.nbytes(memory) == size, (n, kind)
+
+
+def test_both_tokens_of_a_chunk_write_what_single_steps_write():
+    from memtx_minimal.exercises import chapter_6 as six
+    from memtx_minimal.memory_today import delta_rule
+
+    S, k, v = six.random(4, 3), six.units(2, 3), six.random(2, 4, seed=1)
+    alpha, beta = six.half_of(0.9), six.half_of(1.5)
+    u = six.writes(S, k, v, alpha, beta)
+    after = alpha.prod() * S + alpha[1] * torch.outer(u[0], k[0]) + torch.outer(u[1], k[1])
+    plain = delta_rule(*(x[None, None] for x in (k, k, v, alpha, beta, S)))[1][0, 0]
+    torch.testing.assert_close(after, plain)
+    one = six.written(S, 3 * k[0], v[0], 0.9, 1.5)
+    plain = delta_rule(*(x[None, None] for x in (k[:1], k[:1], v[:1], alpha[:1], beta[:1], S)))[1][0, 0]
+    torch.testing.assert_close(one, plain)
+
+
+def swap(a, b, n, sign=-1, beta=2.0, size=0.5**0.5):
+    k = torch.zeros(n)
+    k[a], k[b] = size, sign * size
+    return k, beta
+
+
+def test_swap(capsys):
+    check("6.5", swap)
+    check("6.5", lambda a, b, n: swap(b, a, n))
+    check("6.5", lambda a, b, n: (swap(a, b, n)[0].tolist(), torch.tensor(2)))
+    assert capsys.readouterr().out == 3 * "6.5: right\n"
+    check("6.5", lambda a, b, n: ...)
+    check("6.5", lambda a, b, n: (..., 2.0))
+    assert capsys.readouterr().out == 2 * "6.5: not answered yet\n"
+    for wrong, why in [
+        (lambda *a: swap(*a, beta=1.0), r"(?s)a = 0, b = 1, 2 cups: .*0.5.*both cups get the mean"),
+        (lambda *a: swap(*a, beta=1.5), "how far must beta push"),
+        (lambda *a: swap(*a, sign=1), "another sign: take the difference"),
+        (lambda *a: swap(*a, size=1.0), "k has the length 1.414\nhint: a key has length one"),
+        (lambda a, b, n: (torch.eye(n)[a], 2.0), "what does a swap turn over"),
+        (lambda a, b, n: swap(0, 1, n), "a = 3, b = 1, 5 cups"),
+        (lambda a, b, n: swap(a, b, 9), r"shape \(2,\) and beta is a number, not \(9,\)"),
+        (lambda a, b, n: swap(a, b, n)[0], "two things, k and beta, not a tensor"),
+        (lambda a, b, n: ("k", 2.0), "k is a tensor and beta a number, not \\('k', 2\\)"),
+        (lambda a, b, n: None, "returns nothing"),
+        (lambda a, b, n: 1 / 0, "fails with ZeroDivisionError"),
+        (swap(0, 1, 2), "hand in the function itself"),
+    ]:
+        refused("6.5", wrong, why=why)
+
+
+def test_chapter_6_must_be_written():
+    from memtx_minimal import memory_today
+    from memtx_minimal.exercises import chapter_6 as six
+
+    one = torch.zeros(1, 1, 1, 1)
+
+    def a_step(S, k, v, alpha, beta):
+        memory_today.delta_rule(*3 * [one], one[0], one[0], one)
+        return six.written(S, k, v, alpha, beta)
+
+    def a_product(q, k, n):
+        memory_today.rotate(torch.zeros(1, 1, 1, 2), torch.arange(1))
+        return six.product(q, k, n)
+
+    def a_view(n, mem_len, c):
+        memory_today.in_view(torch.arange(1), torch.arange(1), torch.arange(1), 1, 1, 1)
+        return six.view(n, mem_len, c)
+
+    for number, mine, name in [("6.2", a_product, "rotate"), ("6.3", a_step, "delta_rule"), ("6.6", a_view, "in_view")]:
+        refused(number, mine, why=f"write it yourself, without {name}")
+    shown = lambda got: six.slots(got, among_all=True)
+    refused("6.1", shown, why=r"(?s)\[4, 1, 2, 7.*expected: \[0, 1, 3, 5, 7, 8, 9\].*sinks and the latest stay anyway")
+
+
+@pytest.mark.parametrize("name", ["rotate", "pool", "delta_rule"])
+def test_what_handouts_of_chapter_6_leave_blank(name, capsys):
+    from memtx_minimal import memory_today
+
+    true = getattr(memory_today, name)
+    require(f"6.{name}", true)
+    assert capsys.readouterr().out == f"6.{name}: right\n"
+
+    def half(*case):
+        found = true(*case)
+        return found / 2 if isinstance(found, torch.Tensor) else (found[0], found[1] / 2)
+
+    refused(f"6.{name}", half, why="should be")

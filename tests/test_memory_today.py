@@ -116,8 +116,9 @@ def test_the_past_counts_or_does_not(decay, kept):
     k[:, 1], k[:, 3], got[:, 1], got[:, 2] = 3 * slow, 2 * slow, 9, 9
     q, new = slow.expand(1, 4, 1, 8), torch.zeros(1, 4, 1, 8)
     memory = cache(q.flatten(2), q, new, new, (k, k, got))[1]
-    where = cache.stays(F.pad(got, (0, 0, 0, 4)) * decay + spent(cache, q, k, new))
-    assert where.flatten().tolist() == kept
+    total = F.pad(got, (0, 0, 0, 4)) * decay + spent(cache, q, k, new)
+    assert cache.stays(total).flatten().tolist() == kept
+    torch.testing.assert_close(memory[2], total[:, kept])
     assert torch.equal(memory[0][:, :2], k[:, kept[:2]])
 
 
@@ -159,6 +160,23 @@ def test_a_pooled_slot_is_a_mean_weighted_by_the_gate():
     even = today.pool(k, v, 0 * gate, 0 * place)[0]
     torch.testing.assert_close(even, k.unflatten(1, (2, 3)).mean(2))
     assert torch.equal(today.pool(k, v, gate, place[:1])[1], v)
+
+
+def test_a_query_reads_blocks_at_the_place_of_their_last_token():
+    """By the definition, one query after the other: three blocks of 2, a window of 3."""
+    memory = Pooled(8, 2, mem_len=3, compressed_len=3, compression_rate=2).double()
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter)
+    q, k, v = heads_of(3, 1, 12, 2, 4)
+    read = memory(q.flatten(2), q, k, v, memory.empty(k))[0]  # (1, H, T, d_head)
+    slots = today.pool(k, v, memory.gate, memory.gate_place)
+    for t in range(12):
+        left = max(0, t + 1 - 3) // 2  # blocks that have left the window
+        own = range(max(0, left - 3), left)
+        keys, values = (torch.cat([a[:, own], b[:, 2 * left : t + 1]], dim=1) for a, b in zip(slots, (k, v)))
+        place = torch.tensor([2 * n + 1 for n in own] + [*range(2 * left, t + 1)])
+        weights = today.scores_of(q[:, t : t + 1], keys, torch.tensor([t]), place).softmax(-1)
+        torch.testing.assert_close(read[:, :, t : t + 1], weights @ values.transpose(1, 2))
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 6), st.integers(0, 40))
