@@ -1369,16 +1369,16 @@ axes.set(xlabel="loops at evaluation", ylabel="loss (nats)")
 axes.set_title(f"Trained with two loops ({corpus.name})")
 figures.show(
     figure,
-    "The loss of the looped model is lowest at the two loops of its training, and "
-    "higher with one loop or with more.",
+    "The loss of the looped model is lowest at the two loops of its training, nearly the "
+    "same at three, and higher with one loop or with more.",
 )
 
 # %%
 print({n: round(loss, 2) for n, loss in by_loops.items()})
-assert by_loops[2] == min(by_loops.values())
+assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
 
 # %% [markdown]
-# It is best at the number that it was trained with. Huginn draws the number of loops anew at each step of training, and that is
+# It is at its best near the number that it was trained with, and each loop beyond costs it something. Huginn draws the number of loops anew at each step of training, and that is
 # how it comes to be run longer (Geiping et al., 2025).
 #
 # ### Time
@@ -1416,15 +1416,20 @@ axes.set_title("Forward and backward, four heads of 32")
 axes.legend()
 figures.show(
     figure,
-    "Time a token against length, both on logarithmic scales. Attention takes more with "
-    "each doubling; the delta rule does not. In chunks it takes a small part of what "
-    "it takes token by token, and is faster than attention for long texts.",
+    "Time a token against length, both on logarithmic scales. Attention is fastest for "
+    "short texts, and its time a token grows with the text. That of the delta rule in "
+    "chunks hardly grows, and is a small part of what it is token by token.",
 )
 
 # %%
 assert per_token["in chunks"][2] < 0.3 * per_token["token by token"][2]
-assert per_token["attention"][-1] > 3 * per_token["attention"][1]
-assert per_token["in chunks"][-1] < per_token["attention"][-1]
+growth = {name: per_token[name][-1] / per_token[name][1] for name in rules}  # from 512 on
+assert growth["attention"] > 1.5 * growth["in chunks"]
+
+# %% [markdown]
+# For short texts PyTorch's attention, one fused call, is far ahead. But each doubling of the text makes its tokens
+# dearer, and those of the rule stay about as dear as they were; somewhere the lines cross. Where, depends on the machine, and on how
+# much work goes into the code: on a GPU people write kernels for both.
 
 # %% [markdown]
 # ### Space
