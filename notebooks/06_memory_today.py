@@ -796,7 +796,7 @@ recall_band.check(recall, margin=0.15)
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def recall_figure(names, title, alt):
     """Right answers by age: seeds in grey, this run or the mean of the seeds on top."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8))
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for name in names:
         values = {**old_ways, **recall_band.values}[name]
         figures.band(axes, AGES, values, "recorded seeds" if name == names[-1] else "_")
@@ -804,7 +804,8 @@ def recall_figure(names, title, alt):
         label = name if name in recall else f"{name} (mean of the seeds)"
         axes.plot(AGES, run, label=label, **LOOK[name])
     ages_axes(axes, title)
-    axes.legend(fontsize=8, loc=(0.36, 0.5))
+    where = dict(loc="upper left", bbox_to_anchor=(-0.1, -0.18), ncols=3)
+    axes.legend(fontsize=8, **where)
     figures.show(figure, alt)
 
 
@@ -1008,10 +1009,10 @@ axes.set_xscale("log", base=2)
 axes.set_xticks(COUNTS, labels=COUNTS)
 axes.set(xlabel="swaps so far", ylabel="right answers (share)", ylim=(0, 1.05))
 axes.set_title("Where is the ball?")
-axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.22))
+axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.26))
 figures.show(
     figure,
-    "With strength up to 2 one layer of the delta rule is right up to 32 swaps and nine "
+    "With strength up to 2 one layer of the delta rule is right up to 32 swaps, as Feedback is, and nine "
     "times in ten after 128, four times the longest lesson. With strength up to 1 it is "
     "lost after four swaps, as vanilla with four layers is after eight.",
 )
@@ -1563,8 +1564,26 @@ panels[0].set_title("What questions read, by age (recall task)")
 panels[-1].set(xlabel="age (tokens)", xticks=range(0, 193, 32))
 figures.show(
     figure,
-    "ALT-BUCKETS",
+    "Shares of what questions read, by age, beside the ages of the answers. A cache of "
+    "what the latest queries used and the delta rule read at all ages, falling about as "
+    "the answers do. Pooling reads nothing older than 48 tokens.",
 )
+
+# %%
+reads = {name: mass for name, (mass, _) in shares.items()}
+old = {name: mass[4:].sum().item() for name, mass in reads.items()}  # 64 and older
+figures.table(
+    "Share of what questions read that is 64 tokens old or older",
+    ["", "share"],
+    [[name, f"{share:.2f}"] for name, share in old.items()],
+)
+assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
+
+# %% [markdown]
+# The pooled memory reads nothing that is older than its slots. (Its second layer reads what its first layer has read before, and so
+# answers a little further back.) The other two read at all ages, about as the answers are spread, though for
+# different reasons. The cache has *chosen* the old tokens that it still holds. The state has not chosen: what a question finds
+# in it are the values that no later one has replaced.
 
 # %% [markdown]
 # ## 6.11 Departures from the papers
