@@ -21,18 +21,18 @@
 
 # %% [markdown]
 # The four papers of this book are from 2019 and 2020. What became of their ideas? This chapter builds five
-# memories that are in use today, small enough to read in an afternoon and to train in minutes. All of them sit in
-# the same transformer, chapter 0's, and differ only in what a layer remembers.
+# memories that are in use today, small enough to read in an afternoon and to train in minutes. They sit in chapter
+# 0's transformer and differ only in what a layer remembers.
 #
 # **When you have read it, you can**
 # - say what a cache may throw away, and by which rule of thumb it chooses;
-# - let a model learn by itself how to pool old states into one;
+# - let a model learn by itself how to pool several old tokens into one slot;
 # - write and read a state of fixed size with the *delta rule*, token by token and in parallel;
-# - show why such a state can follow a ball under swapped cups, which took Feedback a step at a time;
+# - show why such a state can follow a ball under swapped cups, in parallel, where Feedback went step by step;
 # - name the heirs of each of the four papers.
 #
-# **You need** chapter 0, and sections 2.1 and 3.1 for the two tasks (recall, cups); both are said again here in a
-# sentence.
+# **You need** chapter 0, and sections 2.1 and 3.1 for the two tasks, recall and cups (each is told again in a few
+# words).
 #
 # **Time and memory.** About 5 minutes and 1 GiB on two CPU cores. The last cell prints what it took on your
 # machine.
@@ -119,10 +119,10 @@ figures.show(
 #
 # ## 6.1 What slots cannot do
 #
-# Chapter 2 asked how far back a memory can answer. In its **recall task** a token such as `b=5` gives a value to
-# a key, and a later one, `b?`, asks for the latest value of `b`. There are four keys and eight values, so a guess
-# is right once in eight times. Here is what chapter 2 recorded, five seeds of each model, at 8 KiB of state a
-# layer:
+# Chapter 2 asked how far back a memory can answer. In its **recall task** a token such as `b=5` gives a key a
+# value, and a later one, `b?`, asks for the latest value of `b`. The *age* of the answer is how many tokens ago it
+# was given. With four keys and eight values, a guess is right one time in eight. Here is what chapter 2 recorded,
+# five seeds of each model, with 8 KiB of state a layer:
 
 # %%
 chapter_2 = bands.load("02_recall_scores", text=None).values
@@ -172,13 +172,14 @@ for values in old_ways.values():
     assert values[:, 0].min() > 0.7 and values[:, -1].max() < 0.25
 
 # %% [markdown]
-# Both answer until their slots run out. Then the answer is gone, though only four values need to be known at any
-# time. A slot is taken by whatever was read, important or not, and given up when it is old. So there are two ways
-# out: *choose* what gets a slot (sections 6.3 and 6.4), or do without slots (6.5).
+# Both answer until they run out of slots, a *slot* being the place of one stored state. Then the answer is gone,
+# though only four values ever need to be known at a time. Whatever is read takes a slot, important or not, and
+# loses it with age. There are two ways out: *choose* what gets a slot (sections 6.3 and 6.4), or do without slots
+# (6.5).
 #
-# Memories of today keep keys and values, as the cache of chapter 0 does, and not states, as chapters 1 and 2 do.
-# A slot then takes twice the space, but nothing is computed twice. We build each memory as a module that gets the
-# queries, keys and values of a segment and what it remembers, and gives back what the heads read and what it
+# Today's memories keep keys and values, as the cache of chapter 0 does, and not states, as in chapters 1 and 2. A
+# slot then takes twice the space, but nothing is computed twice. Each memory is a module. It gets the states `x`
+# of a segment, their queries, keys and values, and what it remembers; it returns what the heads read and what it
 # remembers now:
 #
 # `heads, memory = remember(x, q, k, v, memory)`
@@ -186,17 +187,17 @@ for values in old_ways.values():
 # ## 6.2 Positions that turn
 #
 # Chapter 1 computed a term of the score from the distance between query and key. Today's models turn the vectors
-# instead (**rotary positions**, Su et al., 2021). Take two dimensions of a query at place $m$ and rotate them by the
-# angle $m\theta$, and those of a key at place $n$ by $n\theta$. A product of two vectors depends on the angle
-# between them, so the score changes with $(m - n)\,\theta$, the *distance*:
+# themselves (**rotary positions**, Su et al., 2021). Take two dimensions of a query at place $m$ and rotate them
+# by the angle $m\theta$; rotate those of a key at place $n$ by $n\theta$. Their product depends on the angle
+# between them, so the score depends on $(m - n)\,\theta$, the *distance*:
 #
 # $$
 # (R_{m} q)^\top (R_{n} k) = q^\top R_{n-m}\, k , \qquad
 # R_{m} = \begin{pmatrix} \cos m\theta & -\sin m\theta \\ \sin m\theta & \cos m\theta \end{pmatrix} .
 # $$
 #
-# Each pair of dimensions has a $\theta$ of its own, from 1 down to nearly 1 / 10,000, like the wavelengths of
-# chapter 0's sinusoids.
+# Each pair of dimensions (in the code `i` and `i + half`) has a $\theta$ of its own, from 1 down to nearly 1 /
+# 10,000, like the wavelengths of chapter 0's sinusoids.
 
 # %% tags=["from-module"]
 def rotate(x, positions):
@@ -228,23 +229,22 @@ figures.table("Scores of one query and one key", ["query at", "distance 3", "4"]
 assert len({row[1] for row in rows}) == len({row[2] for row in rows}) == 1
 
 # %% [markdown]
-# The same distance gives the same score wherever the two stand. Nothing is learned, and nothing is stored: a key in
-# the cache is kept as it is and turned when it is read. We number the places anew at each reading, from the oldest
-# slot on. If slots in between have been thrown away, the others move closer together, and no distance is longer
-# than the cache.
+# The same distance gives the same score wherever the two stand. Nothing is learned and nothing extra is stored: a
+# key in the cache is turned when it is read. Places are counted afresh at each reading, from the oldest slot on.
+# Where slots have been thrown away, the others move up, so no distance is longer than the cache and one segment.
 #
 # ## 6.3 A cache that chooses
 #
-# The cache of chapter 0 grows with the text. A **window** keeps the latest `mem_len` slots, Transformer-XL's way.
-# Two other rules came out of looking at what trained models attend to:
+# The cache of chapter 0 grows with the text. A **window** keeps the latest `mem_len` slots, as Transformer-XL
+# does. Two other rules came from looking at what trained models attend to:
 #
-# - **Sinks** (StreamingLLM, 2023): many heads of large models put most of their weight on the very first tokens, whatever these
-#   say. The weights of a softmax sum to 1, so a head that has nothing to look for must put them somewhere. Throw
-#   these tokens away, and such heads are disturbed. So keep them, and then the latest. Section 6.9 shows this in
-#   a model of one head.
-# - **Most used** (H2O, 2023; SnapKV, 2024): keep what queries have attended to, $\text{got}_j = \sum_i w_{ij}$, the
-#   weights of query $i$ on slot $j$. H2O sums over all queries so far, SnapKV over the latest. One number makes both: what a slot
-#   got before counts `decay` times, 1 or 0.
+# - **Sinks** (StreamingLLM, 2023): many heads of large models put most of their weight on the very first tokens,
+#   whatever these say. The weights of a softmax sum to 1, so a head with nothing to look for must put them
+#   somewhere. Throw these tokens away, and such heads go wrong. So keep them, and then the latest. Section 6.9
+#   shows this in a model with one head.
+# - **Most used** (H2O, 2023; SnapKV, 2024): keep what queries have attended to, $\text{got}_j = \sum_i w_{ij}$,
+#   where $w_{ij}$ is the weight of query $i$ on slot $j$. H2O sums over all queries so far, SnapKV over the latest
+#   alone. One number covers both: what a slot got before counts `decay` times, 1 or 0.
 
 # %% tags=["from-module"]
 def after(old, new):
@@ -294,8 +294,8 @@ class Cache(nn.Module):
         return weights @ v.transpose(1, 2), (*kept, got.take_along_dim(stay, dim=1))
 
 # %% [markdown]
-# `stays` does the choosing. Slots that stay in any case get the rank infinity; the others are ranked by what they
-# got; the best `mem_len` stay, in their order. Ten slots of one head, of which six may stay:
+# `stays` does the choosing. Slots that stay in any case rank infinitely high, the others by what they got; the
+# best `mem_len` stay, in their order. Of ten slots of one head, let six stay:
 
 # %%
 got = torch.tensor([0.9, 0.1, 0.2, 0.8, 0.1, 0.7, 0.3, 0.2, 0.1, 0.1])
@@ -318,7 +318,7 @@ assert held["4 most used"].tolist() == [0, 3, 5, 6, 8, 9]
 assert held["2 sinks"].tolist() == [0, 1, 6, 7, 8, 9]
 
 # %% [markdown]
-# The first check: as long as nothing has been thrown away, a cache gives what one long window gives.
+# A first check: until something is thrown away, a cache gives what one long window gives.
 
 # %%
 def by_parts(remember, parts, sizes):
@@ -340,22 +340,22 @@ for size in (1, 7, 16):
 print("token by token, by 7 and by 16: the same as in one window")
 
 # %% [markdown]
-# What does the rule of the *latest* queries have to do with old values? A value that is asked for often gets
-# attention often, and so it stays, however old it is. And what nobody asks for is lost. Section 6.7 trains a model
-# with each rule.
+# How can the rule of the *latest* queries hold on to old values? A value that is often asked for often gets
+# attention, and so it stays, however old it is. What nobody asks for is lost.
 #
 # ## 6.4 Pooling by a gate
 #
-# The Compressive Transformer pressed `c` old states into one, by a function with a loss of its own, because the
-# gradient of the language loss did not reach it (chapter 2). Native Sparse Attention and DeepSeek-V4 compress too
-# (2025, 2026), with two changes. The pooling is a weighted mean whose weights are learned, a **gate**:
+# The Compressive Transformer pressed `c` old states into one by a function with a loss of its own, because the
+# gradient of the language loss did not reach it (chapter 2). Native Sparse Attention (2025) and DeepSeek-V4 (2026)
+# compress too, with two changes. First, the pooling is a weighted mean whose weights, the **gate**, are learned:
 #
 # $$
 # \tilde k = \sum_{i=1}^{c} g_i\, k_i , \quad \tilde v = \sum_{i=1}^{c} g_i\, v_i , \qquad
 # g = \text{softmax}\left(k_1^\top a + b_1, \ldots, k_c^\top a + b_c\right) .
 # $$
 #
-# The vector $a$ asks whether a key is important, and $b_i$ whether its place in the block is.
+# The vector $a$ (`gate` in the code) asks whether a key is important, and $b_i$ (`gate_place`) whether its place
+# in the block is.
 
 # %% tags=["from-module"]
 def pool(k, v, gate, gate_place):
@@ -366,10 +366,10 @@ def pool(k, v, gate, gate_place):
     return (gate * k).sum(dim=2), (gate * v).sum(dim=2)  # (B, n, H, d_head) each
 
 # %% [markdown]
-# And the compressed blocks are read *in the same call* in which they are made. Chapter 2's model compressed what
-# left the memory at the end of a segment, when all of the segment's queries were done. Here each query has its own
-# view: the latest `mem_len` tokens (and what is missing to a whole block) one by one, all before that by blocks. So
-# later tokens of a segment read what earlier ones were pooled to, and the language loss trains the gate.
+# Second, the compressed blocks are read *in the same call* in which they are made. Chapter 2's model compressed at
+# the end of a segment, when all its queries were done. Here each query has its own view: the latest `mem_len`
+# tokens one by one (up to `c - 1` more, since only whole blocks are pooled), all before them in blocks. So later
+# tokens of a segment read what earlier ones were pooled into, and the language loss trains the gate.
 
 # %% tags=["from-module"]
 def in_view(now, end, place, mem_len, compressed_len, c):
@@ -403,12 +403,12 @@ once = blocks.repeat_interleave(4, dim=1).int() + tokens.int()
 assert once.max() == 1 and torch.equal(seen[:22], torch.ones(24, 24).tril().bool()[:22])
 
 # %% [markdown]
-# Each earlier token is in view exactly once, as a token or in a block, until blocks are more than `compressed_len`.
+# Each earlier token is in view exactly once, by itself or in a block, until there are more than `compressed_len`
+# blocks.
 #
-# There is more that can be done with the slots: use them to *find* what to read. Each query looks at all slots
-# first, and then reads the `top_k` best blocks token by token. (Chapter 4's hashing looked for alike keys by
-# chance; here a mean of keys stands for its block, and the choice is made by the score itself.) All tokens must be
-# kept for that. It saves reading, not space.
+# Slots also help to *find* what to read. Each query scores all slots first, and then reads the `top_k` best blocks
+# token by token as well. (Chapter 4's hashing found similar keys by chance; here a mean of keys stands for its
+# block, and the score itself chooses.) All tokens must be kept for that: it saves reading, not space.
 
 # %% tags=["from-module"]
 def closer(scores, blocks, n_tokens, top_k, c):
@@ -466,8 +466,9 @@ class Pooled(nn.Module):
         return heads, (slot_k[:, old:], slot_v[:, old:], k[:, gone:], v[:, gone:])
 
 # %% [markdown]
-# Most of `forward` is bookkeeping: which blocks leave the window now, where tokens and blocks stand, what is
-# dropped at the end. The checks: any segmentation gives the same; and the gate gets a gradient from what is read.
+# Most of `forward` is bookkeeping: which blocks leave the window now, where tokens and blocks stand (a block:
+# where its last token stood), what is dropped at the end. Two checks: any segmentation gives the same, and the
+# gate gets a gradient from what is read.
 
 # %%
 for top_k in (None, 2):
@@ -485,10 +486,10 @@ for top_k in (None, 2):
 # %% [markdown]
 # ## 6.5 A state that is corrected
 #
-# Now without slots. **Linear attention** (Katharopoulos et al., 2020) leaves out the softmax. What a query reads is
-# then $\sum_i v_i\,(k_i^\top q) = S q$, with one matrix for the whole past, $S = \sum_i v_i k_i^\top$ of
-# `d_head` times `d_head` numbers. Each token adds to it, and it never grows. Let us store that key $b$ has the value
-# 5, and then that it has the value 2:
+# Now without slots. **Linear attention** (Katharopoulos et al., 2020) leaves out the softmax. What a query reads
+# is then $\sum_i v_i\,(k_i^\top q) = S q$, where a single matrix of `d_head` times `d_head` numbers stands for the
+# whole past, $S = \sum_i v_i k_i^\top$. Each token adds to it, and it never grows. Store the value 5 for key $b$,
+# and then 2:
 
 # %%
 b, five, two = torch.eye(4)[1], 5.0, 2.0  # b is a key of length 1; values are numbers here
@@ -496,16 +497,16 @@ S = five * b + two * b  # one row of S, since a value is one number
 print(f"adding: after b=5 and b=2, what is b? {S @ b:.0f}")
 
 # %% [markdown]
-# It says 7. Adding does not replace. The **delta rule** does: first look what the state says for this key, $S k$,
-# then write the *difference* between the value and that,
+# It says 7. Adding does not replace. The **delta rule** does: first look up what the state says for this key,
+# $S k$, then write the *difference* between the new value and that,
 #
 # $$
 # S_t = S_{t-1} + \beta_t\,(v_t - S_{t-1} k_t)\, k_t^\top .
 # $$
 #
-# With $\beta = 1$ and a key of length 1, afterwards $S_t k_t = v_t$ exactly; what $S$ says in directions at right angles to
-# $k_t$ does not change. With $\beta = 0$ nothing is written. (It is a step of gradient descent on $\frac{1}{2} \lVert S k -
-# v \rVert^2$: such a memory learns while it reads.)
+# With $\beta = 1$ and a key of length 1, $S_t k_t$ is afterwards exactly $v_t$, and what $S$ says in directions at
+# right angles to $k_t$ has not changed. With $\beta = 0$ nothing is written. (It is a step of gradient descent on
+# $\frac{1}{2} \lVert S k - v \rVert^2$: such a memory learns while it reads.)
 
 # %%
 S = torch.zeros(4)
@@ -515,14 +516,15 @@ for value in (five, two):
 assert S @ b == two
 
 # %% [markdown]
-# Two more numbers a token and head are learned: how strongly it writes, $\beta_t$, and how much of the old state is
-# left before that, the **gate** $\alpha_t$ between 0 and 1. Together they are the gated delta rule (Yang et al., 2024),
+# Two more numbers are learned for each token and head: how strongly to write, $\beta_t$, and how much of the old
+# state to keep before that, the **gate** $\alpha_t$ between 0 and 1. Together they make the gated delta rule (Yang
+# et al., 2024),
 #
 # $$
 # S_t = \alpha_t\, S_{t-1}\,(I - \beta_t k_t k_t^\top) + \beta_t v_t k_t^\top , \qquad y_t = S_t q_t ,
 # $$
 #
-# which is what the code says, with $\alpha_t S_{t-1}$ in the place of $S_{t-1}$ above:
+# which is what the code does, with $\alpha_t S_{t-1}$ in place of the $S_{t-1}$ above:
 
 # %% tags=["from-module"]
 def delta_rule(q, k, v, alpha, beta, S):
@@ -538,25 +540,26 @@ def delta_rule(q, k, v, alpha, beta, S):
     return torch.cat(read, dim=-1).mT, S
 
 # %% [markdown]
-# Token after token: a loop in Python, and no two tokens at once. The same numbers come from a form that takes a
-# *chunk* of `w` tokens in one go. Let $S_0$ be the state before the chunk, $\gamma_t = \alpha_1 \cdots \alpha_t$
-# what is left of it at token $t$, and $u_t = \beta_t\,(v_t - \alpha_t S_{t-1} k_t)$ what token $t$ writes. Then
-# $S_t$ is what is left of everything written so far,
+# Token after token means a loop in Python. The same numbers come from a form that takes a *chunk* of `w` tokens in
+# one go. Let $S_0$ be the state before the chunk, $\gamma_t = \alpha_1 \cdots \alpha_t$ the share of it that is
+# left at token $t$, and $u_t = \beta_t\,(v_t - \alpha_t S_{t-1} k_t)$ what token $t$ writes. Then $S_t$ is what is
+# left of everything written so far,
 #
 # $$
 # S_t = \gamma_t S_0 + \sum_{i \le t} \frac{\gamma_t}{\gamma_i}\, u_i k_i^\top ,
 # $$
 #
-# and if you put $S_{t-1}$ of this form into $u_t$, you get an equation for each token in which only earlier ones
-# stand:
+# and if you put this form of $S_{t-1}$ into $u_t$, you get an equation for each $u_t$ that involves only earlier
+# ones:
 #
 # $$
 # u_t + \beta_t \sum_{i < t} \frac{\gamma_t}{\gamma_i}\,(k_i^\top k_t)\, u_i = \beta_t\,(v_t - \gamma_t S_0 k_t) .
 # $$
 #
-# That is a triangular system of linear equations for all $u_t$ of the chunk, and one call solves it. Its matrix does
-# not depend on $S_0$, so the systems of *all* chunks are solved at once. From chunk to chunk only the state is
-# handed on. In the code, `decay` holds $\gamma_t / \gamma_i$.
+# That is a triangular system of linear equations for all $u_t$ of the chunk, and one call solves it. $S_0$ appears
+# on the right alone, so the code solves for two right sides, $\beta_t v_t$ (giving `own`) and
+# $\beta_t \gamma_t k_t$ (giving `of_S`), in *all* chunks at once. Then, chunk by chunk, $u_t$ is `own` less $S_0$
+# times `of_S`. In the code, `decay` holds $\gamma_t / \gamma_i$.
 
 # %% tags=["from-module"]
 def chunked_delta_rule(q, k, v, alpha, beta, S, chunk_len=32):
@@ -597,7 +600,7 @@ print(f"values, state and gradients differ by at most {apart:.0e}")
 assert apart < 1e-10
 
 # %% [markdown]
-# And the time? Forward and backward through 1,024 tokens:
+# How long do they take? Forward and backward through 1,024 tokens:
 
 # %%
 def forward_and_backward(rule, T):
@@ -623,8 +626,8 @@ print(f"in chunks it is {slow / fast:.0f} times as fast")
 assert slow > 3 * fast
 
 # %% [markdown]
-# The module takes keys and queries at length 1, and learns $\alpha$ and $\beta$ from the state of each token.
-# `strength` is the most that $\beta$ can be. Why it might be 2, section 6.8 will show.
+# The module brings keys and queries to length 1, and learns to compute $\alpha$ and $\beta$ from the state of each
+# token. `strength` is the most that $\beta$ can be. Why 2, section 6.8 shows.
 
 # %% tags=["from-module"]
 class Delta(nn.Module):
@@ -655,8 +658,8 @@ class Delta(nn.Module):
 # %% [markdown]
 # ## 6.6 The model, and depth by looping
 #
-# The layer is chapter 0's, class and all. Only its attention is given away: queries, keys and values go to
-# `remember`, and what comes back goes on as always.
+# The layer is chapter 0's, class and all, except that it hands its attention over: queries, keys and values go to
+# `remember`.
 
 # %% tags=["from-module"]
 class Layer(vanilla_transformer.Layer):
@@ -677,10 +680,10 @@ class Layer(vanilla_transformer.Layer):
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x))), memory
 
 # %% [markdown]
-# The fifth idea of today is one line in the model: run the layers several times (**looped depth**). Feedback let
-# the lowest layer read what the highest found, at the next token. A looped model lets the lowest layer read it *at
-# the same token*, once more through the same weights. Huginn (Geiping et al., 2025) does that at scale. It makes a
-# deeper model with no more parameters, and each loop has a memory of its own:
+# One more idea of today is a line in the model: run the layers several times (**looped depth**). Feedback let the
+# lowest layer read, at the next token, what the highest had found. A looped model lets it read that *at the same
+# token*, once more through the same weights. Huginn (Geiping et al., 2025) does that at scale. The model is deeper
+# with no more parameters, and each loop has its own memory:
 #
 # $$
 # x \leftarrow \text{layers}(x) \quad \text{n\_loops times.}
@@ -742,9 +745,11 @@ print(f"with {numbers(looped):,} parameters in place of {numbers(unrolled):,}")
 # %% [markdown]
 # ## 6.7 Recall by age
 #
-# Back to the recall task, with five seeds of each memory, at the 8 KiB a layer of section 6.1. That is 16 keys and
-# values of 64 numbers. Or it is two heads whose states are 32 x 32: one state for all of the past in the space of 16
-# slots. The looped model has two loops, so two memories a layer, of half the length.
+# Back to the recall task, with five seeds of each memory and the 8 KiB a layer of section 6.1. That is 16 keys and
+# values of 64 numbers, or two heads with states of 32 x 32: one state for the whole past, in the space of 16
+# slots. `last queries` is SnapKV's rule and `all queries` H2O's. (Each cache also holds what its slots got: half a
+# KiB in the table, which adds up both layers.) The looped model has two loops, so two memories a layer, of half
+# the length.
 
 # %% tags=["band"]
 RECALL = dict(vocab_size=tasks.RECALL_VOCAB, d_model=64, n_heads=4, n_layers=2)
@@ -813,9 +818,9 @@ recall_figure(
     ["Transformer-XL", "Compressive", "last queries", "pooled", "delta rule"],
     "8 KiB a layer: how far back?",
     "The delta rule is right at all ages up to 192. The cache of what the latest queries "
-    "used is right six or seven times in ten for young answers and four times in ten for the oldest. Pooling "
-    "is right for young answers and guesses from 80 on, where the Compressive "
-    "Transformer still answers.",
+    "used is right six or seven times in ten for young answers and four times in ten for "
+    "the oldest. Pooling is right for young answers and guesses from 80 on, where the "
+    "Compressive Transformer still answers.",
 )
 
 # %%
@@ -842,13 +847,14 @@ figures.table(
 
 # %% [markdown]
 # - **The delta rule** does not forget. It has no slots that could run out: the four keys of the task are four
-#   directions in a state of 32, and a new value replaces the old one in place. (More keys than dimensions, and they would begin
-#   to collide. Exercise 6.3 is about one step.)
-# - **What the latest queries used** does not fall to guessing either, at any age: a value that is asked for again and again
-#   stays. It pays with its young answers: 12 of its 16 slots are given to what was used, and a new value that is not asked
-#   for in its own segment may be gone in the next.
-# - **Pooling** is exact for what is in the window, less so for blocks, and its reach ends where its slots do:
-#   `(8 + 4 * 8) * 2` tokens through two layers. In the same bytes chapter 2's model has twice as many slots, since it keeps states and not keys and values.
+#   directions in a state of 32, and a new value replaces the old one in place. (With more keys than dimensions
+#   they would begin to collide.)
+# - **What the latest queries used** does not fall to guessing at any age: a value that is asked for again and
+#   again stays. Young answers pay the price: 12 of the 16 slots go to what was used, and a new value not asked for
+#   in its own segment may be gone in the next.
+# - **Pooling** is good at young answers, then falls, and its reach ends where its slots do: after
+#   `(8 + 4 * 8) * 2` tokens, through two layers. In the same bytes chapter 2's model has twice as many slots,
+#   since it keeps states and not keys and values.
 
 # %%
 delta, pooled, latest = (
@@ -863,15 +869,17 @@ assert pooled[:, 1].min() > 0.85 and pooled[:, 5:].max() < 0.2
 recall_figure(
     ["window", "looped window", "all queries", "last queries"],
     "16 slots, four rules",
-    "A window answers up to an age of 48 tokens. The looped window, with half the slots, reaches less "
-    "far. A cache of what all queries so far have used is right half of the time for the youngest "
-    "answers and guesses beyond 16, while what the latest queries used reaches all ages.",
+    "A window answers up to an age of about 32 tokens and guesses beyond 48. The looped "
+    "window, with half the slots, reaches less far. A cache of what all queries so far "
+    "have used is right half of the time for the youngest answers and guesses beyond 16, "
+    "while what the latest queries used is above guessing at all ages.",
 )
 
 # %% [markdown]
-# A window reaches a few times its length, as ever. Looping does not help here: a loop takes space for a memory of its own. And between *all* queries
-# and the *latest* lies one number, `decay`. Why so much? What is summed up over all queries only grows. So we look how long slots
-# stay, in the model that was trained with 0, if that number is changed when it is used:
+# A window reaches a few times its length, as ever. Looping does not help here: each loop needs space for its
+# memory. *All* queries and the *latest* differ in one number, `decay`. Why does that matter so much? A sum over
+# all queries only grows. So take the model trained with 0, change the number afterwards, and see how long slots
+# stay:
 
 # %%
 @torch.no_grad()
@@ -906,19 +914,20 @@ assert by_decay[1.0][0] > by_decay[0.0][0] + 0.1 and by_decay[1.0][2] < by_decay
 assert recall_band.high("all queries")[1:].max() < 0.25
 
 # %% [markdown]
-# With 1, slots stay that were used much long ago, whatever came since, and the answers get worse. H2O was made for trained models and
-# one text at a time, where that does no such harm.
+# With 1, slots stay that were much used long ago, whatever has come since, and the answers get worse. (With 0.5
+# the old answers do not suffer yet.) H2O was made for trained models and for one text at a time; this stream never
+# ends.
 
 # %% [markdown]
 # ## 6.8 Following the ball
 #
-# Chapter 3's other task asks for no looking up. A ball lies under the first of five cups, each token swaps two of
-# them, and after each the model says where the ball is. A vanilla transformer with four layers loses it after a few
-# swaps. Feedback follows it with one layer, but must take one token after the other. And the delta rule?
+# Chapter 3's cups need no looking up. A ball lies under the first of five cups, each token swaps two of them, and
+# after each the model says where the ball is. A vanilla transformer with four layers loses it after a few swaps.
+# Feedback follows it with one layer, one token at a time. And the delta rule?
 #
 # **Why a swap is a reflection.** Let $e_1 \ldots e_5$ be unit vectors at right angles, one for each cup, and
-# $u = (e_a - e_b) / \sqrt{2}$ for a swap of cups $a$ and $b$. The matrix $I - 2 u u^\top$ mirrors space: it turns
-# $u$ into $-u$ and leaves alone what is at right angles to it. What does it do to the cups?
+# $u = (e_a - e_b) / \sqrt{2}$ for a swap of cups $a$ and $b$. The matrix $I - 2 u u^\top$ is a mirror: it turns
+# $u$ into $-u$ and leaves alone whatever is at right angles to it. What does it do to the cups?
 #
 # $$
 # \begin{aligned}
@@ -928,10 +937,10 @@ assert recall_band.high("all queries")[1:].max() < 0.25
 # \end{aligned}
 # $$
 #
-# It swaps them. And this matrix is what the delta rule multiplies its state by, $\alpha\,(I - \beta k k^\top)$, with $\alpha
-# = 1$, $k = u$ and $\beta = 2$. But $\beta$ as we had it is at most 1. Along $k$ the state is multiplied by
-# $1 - \beta$; with $\beta \le 1$ that is never negative, and no vector turns into its opposite. So let $\beta$ go up to 2
-# (Grazzi et al., 2024). With the rule itself:
+# It swaps them. The delta rule multiplies its state by just this matrix, $\alpha\,(I - \beta k k^\top)$, if
+# $\alpha = 1$, $k = u$ and $\beta = 2$. But $\beta$ was at most 1. Along $k$ the state is multiplied by
+# $1 - \beta$; with $\beta \le 1$ that is never negative, and no vector turns into its opposite. So let $\beta$ go
+# up to 2 (Grazzi et al., 2024). Try it with the rule itself, writing nothing new ($v = 0$):
 
 # %%
 E = torch.eye(5)
@@ -944,8 +953,9 @@ for strength in (1, 2):
 assert S[0, 0, 0].allclose(torch.tensor([0.0, 3.0, 2.0, 1.0, 4.0]))
 
 # %% [markdown]
-# With 2 the contents are swapped, with 1 they are averaged, and the difference is lost for good. Now the training:
-# one layer, four heads, and lessons from two swaps to 32. The games of the exam have 128.
+# With 2 the contents are swapped; with 1 they are averaged, and the difference is lost for good. Now the training:
+# one layer, four heads, and lessons from two swaps to 32. The games of the exam have 128. (The state starts at
+# zero, so the layer must also learn to write something for the swaps to move. How, we leave open.)
 
 # %% tags=["band"]
 LESSONS = [(2, 100), (4, 100), (8, 150), (16, 200), (32, 250)]  # swaps in a game, steps
@@ -990,7 +1000,10 @@ figure, axes = plt.subplots(figsize=(6.4, 3.8))
 to_32 = [n - 1 for n in COUNTS if n <= 32]
 curves = {
     "vanilla, 4 layers": (vanilla[:, to_32], dict(color=figures.BLUE, marker="D")),
-    "Feedback, 1 layer": (feedback[:, to_32], dict(color=figures.PINK, marker="o")),
+    "Feedback, 1 layer": (
+        feedback[:, to_32],
+        dict(color=figures.PINK, marker="o", markersize=13, markerfacecolor="none"),
+    ),
 }
 for name, (values, look) in curves.items():
     figures.band(axes, COUNTS[:6], values, "_")
@@ -1012,9 +1025,10 @@ axes.set_title("Where is the ball?")
 axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.26))
 figures.show(
     figure,
-    "With strength up to 2 one layer of the delta rule is right up to 32 swaps, as Feedback is, and nine "
-    "times in ten after 128, four times the longest lesson. With strength up to 1 it is "
-    "lost after four swaps, as vanilla with four layers is after eight.",
+    "With strength up to 2 one layer of the delta rule is right up to 32 swaps and nine "
+    "times in ten after 128, four times the longest lesson. With strength up to 1 it has "
+    "lost the ball in most games after eight swaps, and guesses from 16 on, as vanilla "
+    "with four layers does.",
 )
 
 # %%
@@ -1038,10 +1052,10 @@ assert ball_band.high("up to 1")[5] < 0.4 and vanilla[:, 31].max() < 0.4
 assert feedback.min() > 0.95
 
 # %% [markdown]
-# One layer, and all swaps of a chunk at once. Has it learned what we derived? Ask the trained layer: for each of
-# the ten swaps, what are $\beta$ and $k$ in each head? Our vectors $u$ have known angles between them. Two swaps
-# without a common cup are at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. Which unit
-# vectors the model takes for the cups, it may choose; the angles it may not.
+# (Up to 32 swaps, Feedback's line is hidden by the top one.) One layer, and all swaps of a chunk at once. Has it
+# learned what we derived? What are $\beta$ and $k$ for each of the ten swaps in its heads? The $u$ of two swaps
+# without a common cup are at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. The model
+# may choose its unit vectors for the cups, but not the angles.
 
 # %%
 @torch.no_grad()
@@ -1091,18 +1105,18 @@ figures.table(
 assert beta[best].min() > 1.9 and off[best] < 0.05
 
 # %% [markdown]
-# A head with $\beta = 2$ for every swap, and the derived angles: it has found the reflections. (The heads that have not
-# are not needed.) So what took Feedback a step at a time can be had in parallel, with a state of fixed size. The
-# price is that the state is *linear* in what it was: what Feedback does between two steps, layers with
-# nonlinearities, this recurrence does not do.
+# A head with $\beta = 2$ for every swap, and the derived angles: it has found the reflections. (Not every head
+# has; what the others do, we did not test.) So what Feedback did a step at a time can be had in parallel, with a
+# state of fixed size. The price is that the new state is *linear* in the old one: between two steps Feedback goes
+# through nonlinear layers, and this recurrence does not.
 
 # %% [markdown]
 # ## 6.9 Past the window, with and without a sink
 #
-# The other experiment is small and made up, to see *why* sinks are kept. A head is needed now and then: texts of 32
-# symbols follow a fixed table of chances, which the feed-forward can learn by itself. But after one of four
-# symbols, the *triggers*, the symbol before the trigger comes once more, and for that a head must look two tokens
-# back. At all other tokens it has nothing to do. Each text begins with a start token.
+# One more small, made-up experiment shows *why* sinks are kept. Texts made of 32 symbols follow a fixed table of
+# chances, which the feed-forward layer can learn by itself. But after any of four symbols, the *triggers*, the
+# symbol before the trigger comes once more, so at a trigger the head must look one token back. At all other tokens
+# it has nothing to do. Each text begins with a start token.
 
 # %% tags=["band"]
 N_SYMBOLS, TRIGGERS, START = 32, 4, 32
@@ -1168,9 +1182,9 @@ print(f"but {on_start[trigger].mean():.2f} at triggers, where the head has work 
 assert on_start[~trigger].mean() > 5 * on_start[trigger].mean()
 
 # %% [markdown]
-# When the head has no work, it rests its weight on the start token, whose value does little. That is the sink, many times the 1/64 or
-# so that even attention would give. Now read on, far past the 64 tokens of the training, with a window that drops
-# the start token, with a window that keeps it, and with a cache that keeps everything:
+# When the head has no work, it rests much of its weight on the start token. That is the sink: many times the 1/64
+# or so that even attention would give. Now read far past the 64 tokens of training, with a window that drops the
+# start token, one that keeps it, and a cache that keeps everything:
 
 # %%
 sinks = {
@@ -1201,9 +1215,9 @@ right.set(xlim=(0.9, 4.1), ylim=(0.66, 0.9), title="the same, closer")
 left.legend(fontsize=8)
 figures.show(
     figure,
-    "Up to 64 tokens, the dashed line, all three are equal. Beyond, the loss climbs if everything "
-    "is kept, is a little higher than before if the start token is dropped, and stays where it "
-    "was with a window that keeps the start token.",
+    "Up to 64 tokens, the dashed line, all three are equal. Beyond, the loss is far "
+    "higher if everything is kept. A window that keeps the start token has the lowest "
+    "loss, and one that drops it a little more.",
 )
 
 # %%
@@ -1221,16 +1235,17 @@ assert lost["window"].min() > 0 and lost["window"].mean() > 0.02
 assert lost["everything"].min() > 0.1
 
 # %% [markdown]
-# One slot makes the difference, the one for the start token, in every seed, though in one of them by next to
-# nothing. Without it the head has nowhere to rest, and stirs symbols into the prediction that do not belong there.
-# To keep everything is worse still: the model has never met distances of more than 64. In a cache with numbered
-# slots it never does.
+# (The high start and the bump at 128, shared by all three, come from the texts: some stretches are harder to
+# predict.) One slot makes the difference, the one for the start token, in every seed, though in one of them by
+# next to nothing. Without it, presumably, the head has nowhere to rest and mixes in symbols that do not belong
+# there. To keep everything is worse still: the model then meets distances of more than 64, as it never did in
+# training and never does in a cache of numbered slots.
 #
 # In large models many heads in many layers rest on the first tokens, and without them the loss explodes (Xiao et
-# al., 2023). Here it rises, since one layer can do little harm.
+# al., 2023). Here it merely rises: a single head can do little harm.
 #
-# The text itself can be as long as you like. Here a window with a sink reads 20,000 tokens. Its loss and its bytes
-# on the way:
+# The text can be as long as you like. Here a window with a sink reads 20,000 tokens; its loss and its bytes on the
+# way:
 
 # %%
 @torch.inference_mode()
@@ -1262,15 +1277,15 @@ halves = [sum(part) / 5 for part in (losses[:5], losses[5:])]
 assert abs(halves[0] - halves[1]) < 0.05 and len(set(space)) == 1
 
 # %% [markdown]
-# The state does not grow, and the loss goes up and down with the texts but does not rise. That is what such a cache is for: a stream without an end. It remembers no more than its window,
-# though, and whoever asks for something older gets nothing.
+# The state does not grow, and the loss goes up and down with the texts but does not rise. Such a cache is for a
+# stream without end. It remembers no more than its window, though.
 
 # %% [markdown]
 # ## 6.10 On text, and what it costs
 #
 # Tiny Shakespeare again, with the sizes, the characters and the validation text of chapter 5, so that the numbers
-# can stand side by side. Parameters are equal to within a hundredth. First at equal tokens, then at equal minutes:
-# as long as chapter 5's vanilla needs for 300 steps, at ratios that we measured once.
+# compare. All five have equally many parameters, to within one percent. First at equal tokens, then at equal
+# minutes: as long as chapter 5's vanilla needs for 300 steps, by ratios measured once.
 
 # %% tags=["band"]
 SIZES = dict(d_model=64, n_heads=4, n_layers=2, d_ff=256)
@@ -1327,9 +1342,10 @@ for axes, race in zip(panels, ("", ", minutes")):
     axes.set(xlabel="loss (nats)", title="equal minutes" if race else "equal tokens")
 figures.show(
     figure,
-    f"Validation losses on {corpus.name}. The memories of this chapter lie close "
-    "together, near Transformer-XL and the Compressive Transformer of chapter 5 and "
-    "ahead of vanilla, at equal tokens and at equal minutes.",
+    f"Validation losses on {corpus.name}. At equal tokens the memories of this chapter "
+    "lie close together, near Transformer-XL and the Compressive Transformer of chapter "
+    "5. At equal minutes pooling and the window lead and the looped window comes last. "
+    "All are ahead of vanilla, both times.",
 )
 
 # %%
@@ -1340,9 +1356,10 @@ if text_band.seeds:
 
 # %% [markdown]
 # (Dots are this run, strokes five recorded seeds; the lower four rows are chapter 5's.) All are ahead of vanilla,
-# which starts each window from nothing, and all lie close together. As in chapter 5, this text asks for a dozen or
-# two of characters, and each of these memories has those. It takes the recall task, or a much longer text and a
-# larger model, to tell them apart. A sample, from the delta rule:
+# and at equal tokens they lie close together. At equal minutes the delta rule and the looped window fall behind
+# the window and pooling, since they get fewer steps. As in chapter 5, this text asks for a dozen or two
+# characters, and each of these memories has those. To tell them apart takes the recall task, or a much longer text
+# and a larger model. A sample from the delta rule:
 
 # %%
 prompt = corpus.vocab.encode("\nROMEO:\n")
@@ -1352,8 +1369,8 @@ print(corpus.vocab.decode(sample))
 # %% [markdown]
 # ### More loops than in training
 #
-# The looped model has the parameters of the window, and ran its two layers twice. How many loops it runs can be chosen
-# anew when it is used. Does it know what to do with one loop, or with more?
+# The looped model has the parameters of the window, and ran its two layers twice. Does it know what to do with one
+# loop, or with more?
 
 # %%
 by_loops = {}
@@ -1379,13 +1396,13 @@ print({n: round(loss, 2) for n, loss in by_loops.items()})
 assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
 
 # %% [markdown]
-# It is at its best near the number that it was trained with, and each loop beyond costs it something. Huginn draws the number of loops anew at each step of training, and that is
-# how it comes to be run longer (Geiping et al., 2025).
+# It is best near the number of loops it was trained with, and each further one costs it something. Huginn draws
+# the number anew at each step of training, and so learns to be run for longer (Geiping et al., 2025).
 #
 # ### Time
 #
-# How long does a token take in training, if the text gets longer? Attention has to compare it with all tokens
-# before. A recurrence has not. Here is the attention of PyTorch, the rule token by token, and in chunks:
+# How long does a token take in training as the text gets longer? Attention has to compare it with all earlier
+# tokens; a recurrence does not. Here are PyTorch's attention and the delta rule, token by token and in chunks:
 
 # %%
 def attention(q, k, v, alpha, beta, S):
@@ -1419,7 +1436,7 @@ figures.show(
     figure,
     "Time a token against length, both on logarithmic scales. Attention is fastest for "
     "short texts, and its time a token grows with the text. That of the delta rule in "
-    "chunks hardly grows, and is a small part of what it is token by token.",
+    "chunks grows much less, and is a small part of what it is token by token.",
 )
 
 # %%
@@ -1428,15 +1445,16 @@ growth = {name: per_token[name][-1] / per_token[name][1] for name in rules}  # f
 assert growth["attention"] > 1.5 * growth["in chunks"]
 
 # %% [markdown]
-# For short texts PyTorch's attention, one fused call, is far ahead. But each doubling of the text makes its tokens
-# dearer, and those of the rule stay about as dear as they were; somewhere the lines cross. Where, depends on the machine, and on how
-# much work goes into the code: on a GPU people write kernels for both.
+# For short texts PyTorch's attention, one fused call, is far ahead. But the longer the text, the dearer its
+# tokens, while the rule does the same arithmetic for each token at any length; where its line rises, that is the
+# machine's doing. On ours the two were level from 2,048 tokens on. Where they meet depends on the machine and on
+# the code: on a GPU people write kernels for both.
 
 # %% [markdown]
 # ### Space
 #
-# And what must be held of a text between two calls? The models of the recall task, a cache without a limit, and
-# pooling with `top_k`, which keeps its tokens:
+# And what must be held of a text between two calls? Here are the models of the recall task, which stop growing; a
+# cache without a limit; and pooling with `top_k`, which keeps its tokens and the blocks besides:
 
 # %%
 @torch.no_grad()
@@ -1487,10 +1505,10 @@ assert held["pooled, top_k"][-1] > held["every key and value"][-1]
 # ### What is read, by age
 #
 # The attention of a trained model says where it looks. But a slot of pooled tokens has no single age, and a state
-# has no attention at all. One trick works for all three. What a head reads is *linear* in the values. So let the
-# value of token $i$ be the $i$-th unit vector, with all else as it was: then what the head reads is the list of how
-# much of each value is in it. For a cache this is the attention, for pooled tokens attention times gate, and for the
-# delta rule it says what is left of each value that was written, with its sign.
+# has no attention at all. One trick works for all three, since what a head reads is *linear* in the values.
+# Replace the value of token $i$ by the $i$-th unit vector and leave all else as it was: then the head reads a list
+# of how much of each value is in it. For a cache this is the attention, for pooled tokens attention times gate,
+# and for the delta rule it is what is left, with its sign, of each value that was written.
 
 # %%
 @torch.no_grad()
@@ -1564,9 +1582,9 @@ panels[0].set_title("What questions read, by age (recall task)")
 panels[-1].set(xlabel="age (tokens)", xticks=range(0, 193, 32))
 figures.show(
     figure,
-    "Shares of what questions read, by age, beside the ages of the answers. A cache of "
-    "what the latest queries used and the delta rule read at all ages, falling about as "
-    "the answers do. Pooling reads nothing older than 48 tokens.",
+    "Bars: the share of what questions read, by age; a line: the ages of the answers. "
+    "The cache of the latest queries and the delta rule read at all ages up to 192, most "
+    "of all the youngest 16 tokens. Pooling reads nothing older than 48.",
 )
 
 # %%
@@ -1580,35 +1598,35 @@ figures.table(
 assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 
 # %% [markdown]
-# The pooled memory reads nothing that is older than its slots. (Its second layer reads what its first layer has read before, and so
-# answers a little further back.) The other two read at all ages, about as the answers are spread, though for
-# different reasons. The cache has *chosen* the old tokens that it still holds. The state has not chosen: what a question finds
-# in it are the values that no later one has replaced.
-
-# %% [markdown]
+# The cache and the delta rule read at all ages, most of all the young ones, as most answers are young. A layer of
+# pooling reads nothing older than its slots; older tokens reach the second layer through the first. The cache has
+# *chosen* the old tokens that it still holds. The state has not chosen: what a question finds in it is what no
+# later value has replaced.
+#
 # ## 6.11 Departures from the papers
 #
-# - **Caches that choose** came as tricks for models that are trained already. Ours are trained with their rule. SnapKV chooses once, at the end of
-#   a prompt, and lets neighbours vote together; H2O evicts with each token. Ours choose after each segment.
-# - **Pooling**: Native Sparse Attention has overlapping blocks, makes a slot of a block by a small network, and mixes
-#   its three branches by gates of their own. Its `top_k` saves time, by kernels that read only what was picked. Ours
-#   reads everything and hides what was not: you see the idea and not the saving.
-# - **Delta rule**: Gated DeltaNet has short convolutions before queries, keys and values, nonlinearities, a gate at
-#   the output, and RMSNorm where we have a layer norm. It mixes layers of it with layers of attention.
-# - **Looped depth**: Huginn has layers of its own before and after the loop, and draws the number of loops anew in training.
-# - All of it is small. What models of a few hundred thousand parameters do with made-up streams shows how a memory
-#   works. It does not rank the models that you read about.
+# - **Caches that choose** began as tricks for models that are already trained. Ours are trained with their rule.
+#   SnapKV chooses once, at the end of a prompt, and lets neighbours vote together; H2O evicts with each token.
+#   Ours choose after each segment.
+# - **Pooling**: Native Sparse Attention has overlapping blocks, turns a block into a slot by a small network, and
+#   mixes its three branches (blocks, chosen tokens, window) by gates of their own. Its `top_k` saves time, by
+#   kernels that read only what was picked. Ours reads everything and masks the rest: you see the idea and not the
+#   saving.
+# - **Delta rule**: Gated DeltaNet has short convolutions on queries, keys and values, nonlinearities, a gate at
+#   the output, and RMSNorm where we have a layer norm. It is often mixed with layers of attention.
+# - **Looped depth**: Huginn has layers of its own before and after the loop.
+# - All of it is small. What such models do with made-up streams shows how a memory works. It does not rank the
+#   models that you read about.
 
 # %% [markdown]
 # ## 6.12 What became of it: a family tree
 #
-# Where did the four ideas go? The tree below says it in one picture, the lists after it in one sentence a
-# work. Time runs to the right, and a work stands at the year in which it was first public, or a little later
-# than the work that it grew from. A ring in another colour says that it owes something to that family too.
-# Which idea a work goes back to is our reading, not always its authors'.
+# Where did the four ideas go? First a picture, then a sentence a work. A work stands at the year in which it was
+# first public, or a little later than the one it grew from. A ring in another colour says that it owes something
+# to that family too. Which idea a work goes back to is our reading, not always its authors'.
 #
-# The fifth family has no chapter of its own. It begins with linear attention, which needs only one matrix of
-# a past of any length: the state of fixed size of this chapter.
+# The fifth family has no chapter of its own. It begins with linear attention, which needs only one matrix however
+# long the past: the state of fixed size of this chapter.
 
 # %%
 ANCESTORS = {
@@ -1698,7 +1716,7 @@ ax.spines[:].set_visible(False)
 figures.show(
     figure,
     "Five family trees from 2019 to 2026. Most works are of 2023 or later. The longest "
-    "line runs from linear attention over DeltaNet, its form in chunks and Gated "
+    "line runs from linear attention through DeltaNet, its form in chunks and Gated "
     "DeltaNet to Kimi Linear. DeepSeek-V4, the latest, belongs to two families: "
     "Compressive and Reformer.",
 )
@@ -1721,7 +1739,8 @@ figures.show(
 #   tokens only, so that its reach grows with depth, by one window a layer.
 # - [Gemma 3](https://arxiv.org/abs/2503.19786) (2025) has five layers that look at a window of 1,024 tokens
 #   for each one that looks at everything, which leaves far fewer keys and values to keep.
-#
+
+# %% [markdown]
 # **From [Compressive](https://arxiv.org/abs/1911.05507) (2019), chapter 2:** the past is kept in fewer places
 # than it had.
 #
@@ -1742,7 +1761,8 @@ figures.show(
 # - [DeepSeek-V4](https://arxiv.org/abs/2606.19348) (2026) pools four tokens into one in some layers, by
 #   learned softmax gates, and reads only the results that an indexer picks; in others it pools 128 into one
 #   and reads them all, and a window stands beside both.
-#
+
+# %% [markdown]
 # **From [Feedback](https://arxiv.org/abs/2002.09402) (2020), chapter 3:** what the top has found goes back in
 # at the bottom, and layers share a memory.
 #
@@ -1761,7 +1781,8 @@ figures.show(
 #   takes its last hidden state as the next input.
 # - [Huginn](https://arxiv.org/abs/2502.05171) (2025) runs the same block of layers again and again before it
 #   answers, as often as you ask; more rounds help most where it has to reason.
-#
+
+# %% [markdown]
 # **From [Reformer](https://arxiv.org/abs/2001.04451) (2020), chapter 4:** each query reads the few keys that
 # matter to it, and layers can be run backwards.
 #
@@ -1777,7 +1798,8 @@ figures.show(
 #   turns trained models into reversible ones by fine-tuning them.
 # - [DeepSeek Sparse Attention](https://arxiv.org/abs/2512.02556) (2025) scores all earlier tokens by a small
 #   indexer and attends to the 2,048 with the highest scores.
-#
+
+# %% [markdown]
 # **From [Linear attention](https://arxiv.org/abs/2006.16236) (2020):** without the softmax, attention is a
 # matrix to which each token adds, so that a state of fixed size stands for the whole past.
 #
@@ -1811,8 +1833,8 @@ figures.show(
 # case that fails, what was expected and what came. All [solutions](solutions/06_memory_today.ipynb), worked out in
 # words and code.
 #
-# **6.1 Who stays?** *(predict; easy; 10 minutes)* A head of a cache with seven slots (2 sinks, 2 of the most used, 3
-# of the latest) has ten keys before it, which got this much attention: 4, 1, 2, 7, 3, 9, 5, 1, 8, 2. Which places, counted from 0,
+# **6.1 Who stays?** *(predict; easy; 10 minutes)* A head of a cache with seven slots (2 sinks, 2 most used, 3
+# latest) has ten keys, which got this much attention: 4, 1, 2, 7, 3, 9, 5, 1, 8, 2. Which places, counted from 0,
 # stay? Write them down first. Then write the rule, for any list.
 
 # %% tags=["exercise"]
@@ -1826,13 +1848,14 @@ exercises.check("6.1", my_slots)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Take out first who stays whatever it got. The most used are two of the others. A short list has fewer than seven to keep.
+# First set aside those that stay whatever they got. The most used are two of the others. A list of fewer than
+# seven stays as it is.
 #
 # </details>
 #
-# **6.2 Without a place** *(fill in; easy; 15 minutes)* A query and a key are turned by their places, as in section 6.2,
-# and multiplied. Compute the same product from their distance `n` alone, without turning either of them. The parts of a pair are
-# number `i` and number `i + half`.
+# **6.2 Without a place** *(fill in; easy; 15 minutes)* A query and a key are turned by their places, as in section
+# 6.2, and multiplied (without the scale of `scores_of`). Compute the same product from their distance `n` alone,
+# turning neither by its place. The two parts of a pair are number `i` and number `i + half`.
 
 # %% tags=["exercise"]
 def my_product(q, k, n):
@@ -1853,7 +1876,8 @@ exercises.check("6.2", my_product)
 # </details>
 #
 # **6.3 One step** *(fill in; middle; 10 minutes)* Write one step of the gated delta rule for one head. The key
-# comes as it was projected, of any length; the layer gives it length one first.
+# comes as it was projected, of any length; the layer brings it to length one first. (`d_v` and `d_k` are the
+# lengths of value and key.)
 
 # %% tags=["exercise"]
 def my_step(S, k, v, alpha, beta):
@@ -1866,15 +1890,15 @@ exercises.check("6.3", my_step)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Four lines: the key to length one, the state less what it forgets, what it then says for the key, and what is written.
-# `torch.outer(a, b)` is $a b^\top$.
+# Four lines: bring the key to length one, let the state fade, look up what it then says for the key, write the
+# difference. `torch.outer(a, b)` is $a b^\top$.
 #
 # </details>
 #
-# **6.4 Bytes** *(derive; middle; 15 minutes)* How many bytes does the memory of each kind hold after `n` tokens of one text that were read
-# one at a time, at four bytes a number? The cache has `mem_len=64`, the pooled one `mem_len=32, compressed_len=32,
-# compression_rate=4` and no `top_k`. Which is the smallest
-# after 200 tokens, with `d_model` 128 and four heads?
+# **6.4 Bytes** *(derive; middle; 15 minutes)* How many bytes does a memory of each kind hold after `n` tokens of
+# one text, read one at a time, in `L` layers, at four bytes a number? The cache has `mem_len=64`, the pooled one
+# `mem_len=32, compressed_len=32, compression_rate=4` and no `top_k`. Which is the smallest after 200 tokens, with
+# `d_model` 128 and four heads?
 
 # %% tags=["exercise"]
 def my_bytes(n, d_model, H, L):
@@ -1887,14 +1911,14 @@ exercises.check("6.4", my_bytes)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The class of each kind says what its memory holds, with shapes. Tokens leave the window of `Pooled` in blocks of four, when there are four
-# more than the window needs. `measure.nbytes(memory)` counts the real ones.
+# The class of each kind says what its memory holds, with shapes. Tokens leave the window of `Pooled` in blocks of
+# four, as soon as there are four more than the window needs. `measure.nbytes(memory)` counts the real ones.
 #
 # </details>
 #
-# **6.5 Two cups** *(build; middle; 15 minutes)* The columns of $S$ are cups: what lies under cup $a$ is $S e_a$. Which key of length one and
-# which $\beta$ make $S\,(I - \beta k k^\top)$ the same as `S` with the columns `a` and `b` swapped? Then
-# try the same key with half of that $\beta$: what is under the two cups now?
+# **6.5 Two cups** *(build; middle; 15 minutes)* The columns of $S$ are cups: what lies under cup $a$ is $S e_a$.
+# Which key of length one and which $\beta$ make $S\,(I - \beta k k^\top)$ equal to $S$ with the columns `a` and
+# `b` swapped? Then try the same key with half that $\beta$: what is under the two cups now?
 
 # %% tags=["exercise"]
 def my_swap(a, b, n_cups):
@@ -1907,14 +1931,14 @@ exercises.check("6.5", my_swap)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# With $\beta = 2$ the matrix turns $k$ over, to $-k$, and leaves alone all that is at right angles to it. A swap leaves
-# alone $e_a + e_b$, and the other cups. What does it turn over?
+# With $\beta = 2$ the matrix turns $k$ over, to $-k$, and leaves alone whatever is at right angles to it. A swap
+# leaves alone $e_a + e_b$ and the other cups. What does it turn over?
 #
 # </details>
 #
-# **6.6 A view with a fault** *(find the fault; middle; 15 minutes)* A colleague works out what a query sees
-# that comes last of `n` tokens: blocks of `c` tokens, and a window of at least `mem_len`. For `n = 10`, `mem_len = 4`, `c = 3` it
-# is right. For `n = 12` it is not.
+# **6.6 A view with a fault** *(find the fault; middle; 15 minutes)* A colleague works out what the last of `n`
+# tokens sees: blocks of `c` tokens, and a window of at least `mem_len`. For `n = 10`, `mem_len = 4`, `c = 3` the
+# answer is right; for `n = 12` it is not. Mend it.
 
 # %% tags=["exercise"]
 def my_view(n, mem_len, c):
@@ -1929,12 +1953,12 @@ exercises.check("6.6", my_view)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Write down what it returns for `n = 12`. Each token should stand in one of the lists, and in one only.
+# Write down what it returns for `n = 12`. Each token should be in exactly one list.
 #
 # </details>
 #
-# **6.7 Two at once** *(derive; hard; 25 minutes)* A chunk of two tokens. Write what both write, $u_1$ and $u_2$, from the state
-# *before* the chunk, without making the state in between. The keys have length one.
+# **6.7 Two at once** *(derive; hard; 25 minutes)* Take a chunk of two tokens. Compute what they write, $u_1$ and
+# $u_2$, from the state *before* the chunk, without forming the state in between. The keys have length one.
 
 # %% tags=["exercise"]
 def my_writes(S, k, v, alpha, beta):
@@ -1947,8 +1971,8 @@ exercises.check("6.7", my_writes)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# The second token finds $\alpha_2\,(\alpha_1 S + u_1 k_1^\top)\, k_2$. Multiply it out: one part is the old state, the other is
-# $u_1$, times a number.
+# The second token finds $\alpha_2\,(\alpha_1 S + u_1 k_1^\top)\, k_2$. Multiply it out: one part is the old state
+# times $k_2$, the other is $u_1$ times a number.
 #
 # </details>
 
