@@ -1052,7 +1052,7 @@ assert ball_band.high("up to 1")[5] < 0.4 and vanilla[:, 31].max() < 0.4
 assert feedback.min() > 0.95
 
 # %% [markdown]
-# (Up to 32 swaps, Feedback's line is hidden by the top one.) One layer, and all swaps of a chunk at once. Has it
+# (Feedback, as rings, lies under the top line.) One layer, and all swaps of a chunk at once. Has it
 # learned what we derived? What are $\beta$ and $k$ for each of the ten swaps in its heads? The $u$ of two swaps
 # without a common cup are at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. The model
 # may choose its unit vectors for the cups, but not the angles.
