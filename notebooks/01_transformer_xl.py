@@ -37,7 +37,7 @@
 # **You need** PyTorch and chapter 0: attention with heads, the causal mask, lanes, the training loop,
 # the loss by position in the window, and what a *band* of recorded seeds is.
 #
-# **Time and memory.** About 6 minutes and 1 GiB on two CPU cores. The notebook trains some eight small
+# **Time and memory.** About 6 minutes and 1 GiB on two CPU cores. The notebook trains eight small
 # models while you read. The last cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
@@ -86,7 +86,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `L` | layers | `R` | encodings of distances |
 # | `i` | query | `j` | key |
 #
-# And one picture of the idea. Positions run across, layers go up. Blue states are being computed.
+# One picture of the idea. Positions run across, layers go up. Blue states are being computed.
 # Orange states were computed earlier and wait in memory. Grey states are not read at this
 # moment. (Layer 3 is never orange: nothing above would read it.)
 
@@ -147,11 +147,11 @@ figures.show(
 
 # %% [markdown]
 # In the first picture, segment 1 is grey: its states have left the memory. It is felt all the
-# same. The orange states of segment 2 were computed while segment 1 was in memory, and hold what they
+# same. Segment 2's states in layers 1 and 2 were computed while segment 1 was in memory, and hold what they
 # found there. Section 1.3 follows this through the layers.
 #
-# The second picture: in evaluation the whole text is known. Transformer-XL has read the tokens 9 to 12 as one segment, which
-# gave all four predictions at once; the mask kept each from seeing its answer. So nothing is left to compute for token 10.
+# The second picture: in a vanilla window only the last prediction has the full context, so each token gets its own
+# window. Transformer-XL has read the tokens 9 to 12 as one segment (in evaluation the whole text is known), which gave all four predictions at once; the mask kept each from seeing its answer.
 #
 # ## 1.1 The problem: a window forgets
 #
@@ -196,7 +196,7 @@ history = {}
 vanilla, history["vanilla"] = fit(VanillaTransformer, SEED, max_len=T)
 
 # %% [markdown]
-# Each model keeps its colour through the chapter. Here is the validation loss
+# Here is the validation loss
 # by position in the segment, in nats per character:
 
 # %% tags=["band"]
@@ -257,7 +257,7 @@ assert losses[0] > losses[-8:].mean() + 0.5
 #
 # ## 1.2 Positions that survive a move
 #
-# The remedy is easy to say: keep the hidden states of the previous segment and attend to them. But
+# The remedy: keep the hidden states of the previous segment and attend to them. But
 # they carry positions. In the baseline the state at place 5 of the old segment and the state at place
 # 5 of the new one were both computed with the same position vector. Side by side in one attention,
 # nothing tells which of the two is the nearer one. Numbering on from segment to segment would tell them apart, but a
@@ -502,7 +502,7 @@ figures.show(
 #
 # ### Relative attention
 #
-# Now everything is there. Memory and segment, joined along time, are the *context*. Queries come from the segment alone, the end of the context: the
+# Memory and segment, joined along time, are the *context*. Queries come from the segment alone, the end of the context: the
 # mask has one row for each query, so its first size says how many there are. Keys and values come
 # from memory and segment.
 
@@ -616,7 +616,7 @@ class Layer(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
 
 # %% [markdown]
-# The model holds it together. The memory is a list with one tensor a layer. It grows until it holds
+# The memory is a list with one tensor a layer. It grows until it holds
 # `mem_len` states and then drops the oldest. The caller gets it back with the logits and passes it
 # in again with the next segment:
 #
@@ -627,7 +627,7 @@ class Layer(nn.Module):
 # ```
 #
 # What is remembered is cut off from the gradient by `detach`. It is also copied by `clone`, since a slice is a view: it
-# would keep the whole context that it was cut from alive. Two options, `same_length` and `clamp_len`, are explained below the
+# would keep alive the whole context that it was cut from. Two options, `same_length` and `clamp_len`, are explained below the
 # code. (`inputs.checked_memory` turns `None` into a memory of no states. With `same_length` the memory must hold one
 # or more: so `int(same_length)`.)
 
@@ -691,7 +691,7 @@ assert not any(state.requires_grad for state in memory)
 # %% [markdown]
 # ### Does it remember?
 #
-# If memory does what we think, it must not matter where the text was cut: reading segment by
+# It should not matter where the text was cut: reading segment by
 # segment, with a memory that holds everything, must give the same logits as reading all at once. (In float64, so that
 # rounding hides nothing.)
 
@@ -893,7 +893,7 @@ figures.show(
 assert (smooth["Transformer-XL"][150:] < smooth["vanilla"][150:]).all()
 
 # %% [markdown]
-# A sample. To generate, the model reads the prompt of 64 characters in one go, and then one new character at a
+# To generate, the model reads the prompt of 64 characters in one go, and then one new character at a
 # time, with the latest `mem_len` = 32 states of each layer in memory. What is older is gone, except for what these
 # states have taken up from it.
 
@@ -1080,9 +1080,9 @@ print("tokens ", *tokens[0].tolist())
 print("targets", *("-" if n < 0 else n for n in targets[0].tolist()), " (lag 4)")
 
 # %% [markdown]
-# Four models, with a lag of `T = 32`: vanilla; Transformer-XL with a memory of half a segment and of a whole
-# one; and one with two layers and half a segment. Before you read on, write down for each of
-# them where in the segment it can answer. (The query at position $n$ of the segment, counted from 1, sees
+# Four models, with a lag of `T = 32`. Three have one layer: vanilla, and Transformer-XL with a memory of half a segment
+# and of a whole one. The last has two layers and half a segment. Before you read on, write down for each
+# where in the segment it can answer. (In one layer, the query at position $n$ of the segment, counted from 1, sees
 # $M + n - 1$ tokens back.)
 
 # %% tags=["band"]
@@ -1259,13 +1259,13 @@ assert abs(options[-1] - relative[trained_with]) < 0.03
 assert absolute[-1] > absolute[trained_with] + 0.05  # with absolute positions it harms
 
 # %% [markdown]
-# What came out: the gain is complete at the memory of training. Beyond it the loss of Transformer-XL falls no further; it rises
+# The gain is complete at the memory of training. Beyond it the loss of Transformer-XL falls no further; it rises
 # by a few thousandths. That is a fact about this text and this small model, which find little use for what stands more
 # than a line back. The echo shows that the method uses all of the memory that it was trained with when the stream calls for
 # it; a gain from a longer one is not shown here. (In the paper's Table 6 there is one: its Transformer-XL does best at 500 words.) But nothing breaks either, and that is what the relative positions promise: with absolute ones, the longer the memory
 # grows beyond that of training, the worse.
 #
-# Is it that our model was trained for a minute? The package comes with a Transformer-XL of four layers that was trained for some ten
+# Is that because our model was trained for a minute? The package comes with a Transformer-XL of four layers that was trained for some ten
 # minutes, with a memory of 64 (the book's page on trained weights has the details):
 
 # %%
@@ -1285,7 +1285,7 @@ if corpus.name == "Tiny Shakespeare":  # which it has learned
 # %% [markdown]
 # The same: memory is worth more than a tenth of a nat to it, and the gain is complete at the memory of training.
 #
-# In the figure, the two options change next to nothing at a long memory. At a short one `same_length` costs something: with `M = 8` each
+# In the figure above, the two options change next to nothing at a long memory. At a short one `same_length` costs something: with `M = 8` each
 # query sees 8 keys, and without the option 9 to 40.
 
 # %% [markdown]
@@ -1486,7 +1486,7 @@ figures.table(
 )
 
 # %% [markdown]
-# At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie one to three steps apart, and new places
+# At this size the measure is nearly blind. Its steps are 16 characters wide, the results lie at most three steps apart, and new places
 # alone move some of them by a step. Nor can a gain be negative, since $b$ takes the place of any loss that rises: what the relative model without
 # memory loses beyond 32 does not show, and vanilla, whose mean loss rises from 16 to 32, gets credit where it
 # beats $b$. At `r` = 0.1 and 0.5 it even comes out ahead of that model, in every seed. In the paper it is
@@ -1495,8 +1495,8 @@ figures.table(
 # | | r = 0.1 | r = 0.5 | r = 1 |
 # | --- | --- | --- | --- |
 # | Transformer-XL, 151 million parameters | 900 | 800 | 700 |
-# | QRNN | 500 | 400 | 300 |
-# | LSTM | 400 | 300 | 200 |
+# | QRNN (recurrent) | 500 | 400 | 300 |
+# | LSTM (recurrent) | 400 | 300 | 200 |
 # | Transformer-XL, 128 million | 700 | 600 | 500 |
 # | with the positions of Shaw et al. | 400 | 400 | 300 |
 # | relative, no recurrence | 300 | 300 | 300 |
@@ -1505,7 +1505,7 @@ figures.table(
 # %% [markdown]
 # ### Where it looks
 #
-# Give the trained model a memory of three segments, record its attention over many segments, and sort it by
+# Give the trained model a memory of three segments (in training it had one), and sort its attention by
 # the **age** of the key: its distance from the query. The buckets double in width. Ages beyond
 # the memory's 96 exist only for the later queries of a segment.
 
@@ -1578,7 +1578,7 @@ assert by_age[:, :4].sum(dim=1).mean() > 0.5
 # Most attention goes to the latest few characters. So the start of a segment looks
 # at the memory most: there the latest few characters *are* the memory.
 #
-# Attention alone does not show that something is used. So exchange the memory, as before: each lane gets its
+# Attention alone does not show that something is used. So exchange the memory, of one segment again: each lane gets its
 # neighbour's, other text from the same plays.
 
 # %%
@@ -1625,8 +1625,8 @@ figures.explorer({"Transformer-XL": seen_by}, vocab)
 # ### The four terms after training
 #
 # The terms of section 1.2 with the trained weights: one layer, one segment, all heads. The hook catches what this layer's
-# attention gets, the normalised context; `before` is the memory that the last segment reads. The picture shows the head whose term (b) varies most. The table below it has the spread of each term over
-# all heads. Its last row asks whether (a), too, prefers some keys whoever asks: it takes the mean of (a) over all queries, for each key in memory.
+# attention gets, the normalised context; `before` is the memory that the last segment reads. The picture shows the head whose term (b) varies most. The table below it has the spread (standard deviation) of each term over
+# all heads. Its last row asks whether (a), too, prefers some keys whoever asks: it is the spread of the mean of (a) over all queries, from key to key in memory.
 
 # %%
 @torch.inference_mode()
@@ -1703,7 +1703,7 @@ for spreads in (live, longer_run):
 # %% [markdown]
 # Position speaks through (b) and (d). The term (c), a preference for
 # keys whoever asks, has the smallest spread. That does not mean that the model has no such preference: the
-# last row is more than twice that of (c). Both models have put the preference into (a). The
+# spread in the last row is more than twice that of (c). Both models have put the preference into (a). The
 # dashed line parts memory (left) from segment (right); no term takes notice of it.
 #
 # ### How much faster evaluation is
@@ -1783,7 +1783,7 @@ figures.table(
 # %% [markdown]
 # ### What the memory costs
 #
-# Two costs. The **memory itself** is one state for each layer and each remembered token:
+# The **memory itself** is one state for each layer and each remembered token:
 # `4 * L * B * M * d_model` bytes, at 4 bytes a number. And **training** keeps more for the backward pass, since
 # every layer has more keys. Here is what autograd keeps in each layer, for each text of the batch. (Only for
 # those who want to compute the bytes.)
@@ -1875,7 +1875,7 @@ figures.table(
 # | here | the paper and its code | why |
 # | --- | --- | --- |
 # | layer norm *before* attention and feed-forward (pre-LN); so the memory is normalised when it is read | after each of them (post-LN) by default | the models of the other chapters have it so |
-# | an ordinary softmax over characters, with weights of its own | adaptive softmax for large vocabularies; input and output embeddings tied by default | some dozens of characters need neither |
+# | an ordinary softmax over characters; the output layer has weights of its own | adaptive softmax for large vocabularies; input and output embeddings tied by default | some dozens of characters need neither |
 # | embeddings start at standard deviation 1 and are used as they are | start at 0.02 and are multiplied by $\sqrt{d_{\text{model}}}$: 0.4 to 0.64 for their widths of 410 to 1,024 | PyTorch's default |
 # | `u` and `v` in each layer | one pair for all layers in the PyTorch code; in the TensorFlow scripts one for each layer on WikiText-103 and One Billion Word, one for all on enwik8 and text8 | a layer holds all that it needs |
 # | linear layers start as PyTorch starts them, `u` and `v` at zero | normal, standard deviation 0.02 | PyTorch's default |
@@ -1913,7 +1913,7 @@ figures.table(
 # ## 1.8 Exercises
 #
 # Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
-# case that fails, what was expected and what came. All [solutions](solutions/01_transformer_xl.ipynb), worked out in words and code.
+# case that fails, what was expected and what came. All [solutions](solutions/01_transformer_xl.ipynb) are worked out in words and code.
 #
 # **1.1 Who sees what** *(predict; easy; 5 minutes)* You can read a mask without seeing it. `T` queries follow
 # a memory of `M` states. How many keys does each of them see, without a `limit` and with one?
@@ -2035,7 +2035,7 @@ exercises.check("1.6", BiasAttention)
 #
 # **1.7 Let the gradient through** *(experiment; hard; 40 minutes)* The model of two layers with `M = 16` cannot answer the first half of
 # the echo. Is it the stopped gradient? Copy the class `TransformerXL` as `Through`, without `detach`. When the
-# check is content, train it on the echo in a loop of your own, with one update for every *two* segments on the mean of
+# check passes, train it on the echo in a loop of your own, with one update for every *two* segments on the mean of
 # their losses, 1,000 updates in all, and detach the memory after each update. Compare with a `TransformerXL` trained by the very same loop:
 # anything else would compare the numbers of updates.
 
