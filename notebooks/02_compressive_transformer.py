@@ -294,8 +294,8 @@ assert max(recall["Transformer-XL"][5:]) < 0.2  # beyond L * M and a segment
 # 3. $new = f_c(old)$, one state for every $c$ of them;
 # 4. $m \leftarrow [m \circ h]$, its latest `M` states; $cm \leftarrow [cm \circ new]$, its latest `C` states.
 #
-# Step 1 is Transformer-XL's attention as it stands, over more keys. Steps 2 to 4 are new. Look at
-# $f_c$ first.
+# Step 1 is Transformer-XL's attention as it stands, over more keys. Steps 2 to 4 are new; $f_c$
+# comes first.
 #
 # ### Five ways to compress
 #
@@ -398,7 +398,7 @@ print("mean     ", MeanPooling(2, rate=2)(old)[0].tolist())
 print("most-used", MostUsed(2, rate=2)(old, used)[0].tolist())
 
 # %% [markdown]
-# A picture: four states, each with a mark of its own, go into one.
+# A picture: four states, each with a mark, the third the most used, go into one.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 torch.manual_seed(SEED)
@@ -542,8 +542,8 @@ assert max(rows[3][2], rows[4][2]) < min(row[1] for row in rows[:3])
 # Fresh convolutions are the worst of all: a random matrix writes nothing that this layer's keys and values
 # could read. Trained, they are the best. (How can two states stand for eight random ones? A fresh layer
 # spreads its attention over all eight, as the range of its weights shows, so it reads little more than the mean
-# of their values, and that fits into one state. Mean pooling still misses it: the layer norm before the read scales
-# a mean up again. A convolution can learn to put the excess where the values hardly look.)
+# of their values, and that fits into one state. Mean pooling still misses it: a mean of random vectors is short, and
+# the layer norm stretches it. A convolution can learn a state whose extra length $W_V$ nearly drops.)
 #
 # ### The pipeline
 #
@@ -558,7 +558,7 @@ COMPRESSIONS = {
 LOSSES = "attention", "auto-encoding", "bptt", None
 
 # %% [markdown]
-# Now steps 2 to 4. Each layer has a `Memory` of its own, with its own $f_c$. Follow the lines: the
+# Now steps 2 to 4, with `recent` for $m$. Each layer has a `Memory` of its own, with its own $f_c$. Follow the lines: the
 # segment enters, whole groups of `c` leave on the other side, they are compressed, the loss compares, and
 # both memories are cut to their sizes. `ceil` rounds up to whole groups: when the excess is not a multiple of
 # `c`, a few states leave early with the last group, and the memory is not quite full.
@@ -921,8 +921,8 @@ print("compression loss, means of 50 steps from step:", shown)
 # *rises*. The layers learn as well, though from the next character alone. What they read is what $f_c$ has to
 # reconstruct, so its task changes as they learn.
 #
-# Now the validation loss, over a band of five recorded seeds. (The Compressive Transformer has the
-# parameters of $f_c$ in addition.) The third line is the same Transformer-XL, evaluated with a memory of 96: the range of the Compressive Transformer, at twice the
+# Now the validation loss, over a band of five recorded seeds. The third
+# line is the same Transformer-XL, evaluated with a memory of 96: the range of the Compressive Transformer, at twice the
 # slots.
 #
 # The first cell below measures the loss. Skip the next three until sections 2.5 to 2.7 call for them; the fifth
@@ -1068,8 +1068,8 @@ assert (abs(behind) < 0.05).all() and (abs(longer - equal) < 0.005).all()
 
 # %% [markdown]
 # At equal slots the two are close. In the recorded seeds Transformer-XL is ahead, by thousandths in most; your run can turn out the other way
-# round. The coarse slots reach further, but a model this small finds little use for that here, as Transformer-XL does for
-# twice its memory of training. (Chapter 1 found the same.)
+# round. The coarse slots reach further, but a model this small finds little use for that here, and Transformer-XL as little for
+# twice the memory it was trained with. (Chapter 1 found the same.)
 # The paper's gain on books (PG-19: perplexity 33.6 against 36.3) takes long training on long texts.
 #
 # A sample:
@@ -1167,15 +1167,15 @@ assert nothing_compressed[0] > nothing_compressed[3]
 
 # %% [markdown]
 # **Range.** The edge moves out with the rate. From an age of 81 tokens on, Transformer-XL guesses, in every seed. At that age both models
-# of rate 4 still answer most questions with the same 32 slots, and rate 8 does so up to 144, more than twice Transformer-XL's $L M = 64$. But the edge does not lie as far
+# of rate 4 still answer most questions with the same 32 slots, and rate 8 over three quarters at 144, more than twice Transformer-XL's $L M = 64$. But the edge does not lie as far
 # out as $L (M + c C)$ would allow: with $M = C = 16$, 160 and 288 tokens. Answers are good up to about what *one* layer sees,
 # $M + c C$ = 80 and 144 tokens and the segment; the second layer hands on a part of the rest.
 #
-# **Detail** is the price, but read it with care. The compressive models are below Transformer-XL in the first bucket
+# **Detail** should be the price. Read it with care. The compressive models are below Transformer-XL in the first bucket
 # already, where the answer stands in the segment or in the memory and nothing is compressed. So compare each model with
 # itself: how much does it lose between ages 1 to 16 and ages 33 to 64? At rate 4 as little as Transformer-XL,
 # which compresses nothing. At rate 8 more than any of the others, in every seed. What four tokens hold fits into one state
-# here; what eight hold does not, quite. (Rate 8 then *rises* again, up to an age of 144. We have not found out why.)
+# here. Is it too small for eight? Hardly that alone: rate 8 then *rises* again, up to an age of 144. We have not found out why.
 #
 # **Learned or not?** In the paper the convolution is best and the mean loses by a hundredth of a bit. Here, up to an age
 # of 64, the convolution leads in some seeds and loses in others. From 97 to 160 the mean leads in every seed.
@@ -1261,7 +1261,7 @@ assert on_recall[0] > on_recall[3]
 # On Shakespeare the segment gets most of the attention, and each bucket of the compressed memory less than an even
 # share. On the recall task, where answers lie far back, both memories together get most, not far from their
 # even share. In both panels
-# attention rises toward the oldest compressed slots. The paper's rise *at the border*, from the oldest bucket of the memory to the newest
+# the bars rise toward the oldest compressed slots. The paper's rise *at the border*, from the oldest bucket of the memory to the newest
 # compressed one, is not here: the printed factors are above 1 in some seeds and below in others.
 #
 # Within the segment the newest buckets get less. That is the mask, and the dotted line has it too: a late key is
@@ -1355,16 +1355,15 @@ for name in ("compressed memory of another text", "no compressed memory"):
     assert (0 < rise).all() and (rise < 0.02).all()
 
 # %% [markdown]
-# **Recall.** Each memory is used for the ages that stand in it. With the compressed memory of another text, answers older than
+# **Recall.** Each memory is used, above all for the ages that stand in it. With the compressed memory of another text, answers older than
 # 32 tokens are hardly more than guesses: the model reads it and believes it. With none at all more is left, up to an age
 # of about 112. These answers have come another way: the states in memory have read the compressed memory
 # themselves, when it was their turn, and hand on what they found. With the memory of another text the newest
-# answers suffer most, and with neither memory only the segment's own are left.
+# answers suffer most, older ones less, and with neither memory only the segment's own are left.
 #
 # **Text.** The memory is used: with that of another text the loss rises by more than a tenth of a nat. The compressed
 # memory hardly is. In every seed the loss rises by a few thousandths of a nat if its content is wrong, and by about a hundredth if it is gone,
-# though about a sixth of the attention goes there. (Unlike in recall, taking it away costs more than putting
-# another text's in its place.) So on this text the upper panel of the bucket figure shows where the weights go, and
+# though about a sixth of the attention goes there. So on this text the upper panel of the bucket figure shows where the weights go, and
 # not what the model needs.
 #
 # ## 2.6 Which compression, which loss?
@@ -1477,7 +1476,7 @@ if grid_band.seeds:
 #
 # **Reconstruction.** Here the rows do differ. What is trained by attention reconstruction is best at it, as it must
 # be. The lesson is in the convolutions with the two other losses, which do worse than reading zeros
-# (an error of 1). Under auto-encoding the states may hold everything, since $g$ can decode them. But attention does
+# (an error of 1) at every rate, as max and most-used do only at 4. Under auto-encoding the states may hold everything, since $g$ can decode them. But attention does
 # not read through $g$. It reads with the layer's own keys and values, and nothing has told $f_c$ to write in their
 # language. That explains auto-encoding only: under BPTT $f_c$ is trained through these very keys and values, but for what
 # helps to predict, not for what attention read before.
@@ -1772,7 +1771,7 @@ for k in (0, 1):  # training, evaluation
 # | most-used counts attention by content, from the segment that pushes the states out | average attention weights | the same look that the loss takes; no bookkeeping of weights |
 # | losses are mean squares, added up over layers | norms $\lVert \cdot \rVert_2$, added up over layers | the scale does not depend on the sizes; Adam and the separate clipping make it almost immaterial |
 # | dilated: two convolutions of width 3, dilations 1 and 2, added to the states, then the convolution with stride `c` | not spelled out | the smallest version that looks past its group |
-# | BPTT goes from piece to piece within one call, and reaches $f_c$ alone | through a longer unroll | the same protocol for all models of this course |
+# | BPTT goes from piece to piece within one call, and stops at $f_c$ | through a longer unroll | the same protocol for all models of this course |
 # | memories start empty | as zeros, which attention sees | a text should not depend on how many empty slots there are |
 # | clipped at norm 1, each group apart; a minute of training | clip norm 0.1, updates every 4 steps after 60,000; days | what a notebook can do |
 #
@@ -1783,7 +1782,7 @@ for k in (0, 1):  # training, evaluation
 # few of the layers, the loss was the same or better, at a fraction of the cost. And the collection of books
 # that the paper published with the model, PG-19, became a standard test for long texts.
 #
-# The memory of two speeds, fine for the recent and coarse for the old, came back in caches that merge or drop
+# The idea of two resolutions, fine for the recent and coarse for the old, came back in caches that merge or drop
 # old keys and values, and in agents that summarise their old conversation. Some such works, with the year in
 # which each was first public (which idea each goes back to is our reading, not always its authors'):
 #
