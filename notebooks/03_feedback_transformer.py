@@ -24,7 +24,7 @@
 # reads only the layer below it. The **Feedback Transformer** ([Fan et al.,
 # 2020](https://arxiv.org/abs/2002.09402)) lifts this limit. At each token the outputs of *all*
 # layers are mixed into one memory vector, and *every* layer of every later token attends to these
-# vectors. The price: tokens can no longer be computed side by side, as in *parallel* transformers.
+# vectors. The price: unlike in *parallel* transformers, tokens cannot be computed side by side.
 #
 # **After this chapter you can**
 # - say what a transformer of fixed depth does not learn, and show it in an experiment;
@@ -90,7 +90,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `M` | states in memory: one vector a step | `d_head` | width of a head, `d_model / H` |
 # | `L` | layers | `mem_len` | the most states that memory holds |
 #
-# And one picture of the idea: who may look at whom, at *one* step. (*Vanilla* is the plain transformer of
+# The idea in one picture: who may look at whom, at *one* step. (*Vanilla* is the plain transformer of
 # chapter 0: it sees only its own segment, the window.) Positions run across, layers
 # go up. The blue step is being computed; it reads what is orange. In the last picture the grey
 # columns had to be finished, one after the other, before their orange squares existed. That is
@@ -115,8 +115,8 @@ figures.show(
 # %% [markdown]
 # ## 3.1 The problem: depth is the only clock
 #
-# A ball lies under cup 0, the first of five. Each of the ten tokens swaps two cups. Where is the ball
-# after each swap? (The stream of games gives tokens, targets, and a third item that tells the training
+# A ball lies under cup 0, the first of five. A token swaps two of them, so there are ten tokens. Where is
+# the ball after each swap? (The stream of games gives tokens, targets, and a third item that tells the training
 # loop that new games begin, so that memory starts empty.) The task is easy for anyone who can remember
 # one number: keep the place, and update it at each swap. Counting how often each swap has occurred is not
 # enough, since their order matters.
@@ -164,7 +164,8 @@ def exam(model, length=32, n_games=1000):
     return (logits.argmax(dim=-1) == targets).float().mean(dim=0).tolist()
 
 # %% [markdown]
-# The vanilla transformer takes them with 1, 2, 4 and 8 layers, at 0.3 of the learning rates.
+# The vanilla transformer takes them with 1, 2, 4 and 8 layers, at 0.3 of the learning rates, a
+# factor not varied here.
 
 # %% tags=["band"]
 def depth_scores(seed):
@@ -218,7 +219,7 @@ assert mean["vanilla, 1"] < mean["vanilla, 2"] < mean["vanilla, 8"] < 0.6
 assert all(shares[-1] < 0.4 for shares in by_depth.values())
 
 # %% [markdown]
-# More layers follow the ball a little longer, and then they guess too. A state of layer $l$ is made
+# More layers follow the ball a little longer, and then guess too. A state of layer $l$ is made
 # of states of layer $l-1$. One layer can merge a few swaps into one, and the next can merge what the
 # first has merged. In principle the number of layers need only grow with the logarithm of the length
 # (Liu et al., 2023), so eight could do 32 swaps; trained like this, they do not find out how. And for
@@ -249,7 +250,7 @@ assert all(shares[-1] < 0.4 for shares in by_depth.values())
 #
 # It is an ordinary transformer layer, except that it computes *one* step, and that its keys and
 # values are handed in. The norms stand before attention and before the feed-forward, inside the
-# residual branch (this is called pre-norm, or pre-LN). The score of a query $q$ with key $k_j$ is
+# residual branch (pre-norm, or pre-LN). The score of a query $q$ with key $k_j$ is
 # $q^\top k_j / \sqrt{d_{\text{head}}}$.
 
 # %% tags=["from-module"]
@@ -358,7 +359,7 @@ assert not torch.allclose(keys[..., 0, :], keys[..., 4, :])  # ... until ages ar
 # %% [markdown]
 # ### Step after step
 #
-# Now for the model. `embed` looks up $x_t^0$, and checks the tokens and `mem_len`, which you may lower in a
+# `embed` looks up $x_t^0$, and checks the tokens and `mem_len`, which you may lower in a
 # finished model. `step` takes one token up through all layers and leaves one memory vector.
 
 # %% tags=["from-module"]
@@ -506,7 +507,7 @@ print(corpus.vocab.decode(text[64:]))
 #
 # ## 3.4 One layer follows the ball
 #
-# Back to the cups, with the same lessons. Expected: a Feedback Transformer hands the place of the
+# Back to the cups, with the same lessons at full rates. Expected: a Feedback Transformer hands the place of the
 # ball from memory vector to memory vector, so that a *single* layer is enough. But any recurrent
 # network could do the same. So we train an Elman network as well: one state, updated at each token.
 
@@ -583,7 +584,7 @@ figures.table(
 )  # fmt: skip
 
 # %% [markdown]
-# One layer instead of eight, and the ball is hardly ever lost, even in games fifteen times longer than any
+# With one layer the ball is hardly ever lost, even in games fifteen times longer than any
 # lesson. Up to 32 swaps the little Elman network does it nearly as well; from 400 to 500, that depends on the
 # seed (last column). So the ball shows what *parallel* transformers do not learn. It does not show that you need *this*
 # architecture.
@@ -616,7 +617,7 @@ figures.table("One game of the card task", ["token", "answer"], zip(words, answe
 # Three models learn it, first in games of 2 events, at last in games of 24 (30 tokens): a Feedback Transformer
 # of two layers (one look for the place of the ball, the next for the letter of that place), a
 # vanilla transformer of the same depth, and an Elman network of about as many parameters. (The other two
-# get 0.6 of the learning rates. Targets below `tasks.LETTERS` are letters, the others places.)
+# get 0.6 of the learning rates, not varied either. Targets below `tasks.LETTERS` are letters, the others places.)
 
 # %% tags=["band"]
 CARD_LESSONS = [(2, 500, 5e-3), (4, 300, 5e-3), (12, 100, 3e-3), (24, 80, 2e-3)]
@@ -692,7 +693,7 @@ assert max(on_card["vanilla"][1], on_card["Elman network"][1]) < 0.6
 # The Elman network keeps the state, and its letters are guesses: after these lessons it does not keep the
 # card. The vanilla transformer mostly does not know where the ball is, and so cannot know its letter. It is above
 # guessing all the same: one of the five letters on the card is right one time in five, and more often if two
-# places have it. Of the three, Feedback alone has both: a state, and a memory that is looked up by content.
+# places have it. Feedback alone has both: a state, and a memory that is looked up by content.
 #
 # The paper makes its case with larger tasks of this kind: little programs that assign, change and
 # print variables, with conditions. Right answers, in %:
@@ -765,7 +766,7 @@ assert mixture_band.high("embedding") < mixture_band.low("(vanilla)")
 # ones. Here are 1, 2 and 4 layers. The parallel baseline is the Transformer-XL of chapter 1, in
 # which each query sees the latest 32 keys too (`same_length`). It differs also in its positions,
 # and it has keys and values for each layer, hence more parameters. So we also train Feedback with keys
-# and values for each layer (`shared_kv=False`), four layers deep. And because Feedback is slow, we train
+# and values for each layer (`shared_kv=False`), four layers deep. Because Feedback is slow, we train
 # Transformer-XL with four times as many steps, which is nearer to equal *seconds*.
 
 # %% tags=["band"]
@@ -849,10 +850,10 @@ assert high(longer) < low("Feedback, 4") and loss[longer] < loss["Feedback, 4"]
 
 # %% [markdown]
 # Depth helps both. At equal depth and equal steps the bands of the two overlap: the paper's gain on
-# text does **not** show here. With keys and values for each layer, Feedback's band lies a little lower, and
-# still overlaps that of Transformer-XL. And Transformer-XL with four times as many steps, in about as many seconds,
-# is far ahead of both. The paper's models are hundreds
-# of times larger and train for days.
+# text does **not** show here. With keys and values for each layer, Feedback's band, mostly hidden by its
+# marker, lies a little lower, and only just overlaps Transformer-XL's: a gain, if any, is small.
+# Transformer-XL with four times as many steps, in about as many seconds, is far ahead of both. The paper's
+# models are hundreds of times larger and train for days.
 #
 # ### Where it looks
 #
@@ -903,12 +904,13 @@ assert by_age[:, 0].mean() > 2 / T and by_age[:, 16:].mean() < 1 / T
 
 # %% [markdown]
 # A bucket is tall also because it is wide: compare with the dotted lines. The vector of age 1
-# stands out. It is the only one that knows the letter before, and through its own attention it has
+# stands out. It alone knows the letter before the current one, and through its own attention it has
 # read all the others.
 #
 # Look for yourself, in a model that was trained for longer (see the book's page on trained weights). Point at a
-# character, or step to one with the arrow keys. The bars show how its attention is shared among the vectors in memory, which are
-# underlined: in the top layer at first, as a mean over the heads. Below are the weights with which it mixes its layers into a memory vector.
+# character, or step to one with the arrow keys. The bars show how its attention, at first that of the top layer
+# (mean over the heads), is shared among the vectors in memory, which are underlined. Below are the
+# weights of the mixture.
 
 # %%
 trained, vocab = memtx_minimal.load("feedback_transformer")  # on the CPU
@@ -925,8 +927,8 @@ assert max(mixture) == mixture[0] and min(mixture) > 0.1
 # %% [markdown]
 # The embedding has the largest share, and every layer has one.
 #
-# Attention is not use. What is *needed* shows when it is taken away: `mem_len` may be lowered at any
-# time, and the model then sees the latest vectors only.
+# Attention is not use. What is *needed* shows when it is taken away. Lower `mem_len`, and a model sees
+# the latest vectors only; here, our own four layers.
 
 # %%
 needs = {}
@@ -937,8 +939,8 @@ print("nats per character by mem_len:", {n: round(x, 3) for n, x in needs.items(
 assert needs[32] < needs[4] < needs[1]
 
 # %% [markdown]
-# With less memory the loss rises, so vectors beyond the latest four are used. How much they are worth, this
-# does not say: a vector carries older text along, and the model never trained with a short memory.
+# With less memory the loss rises, so vectors beyond the latest four are used. How much they are worth
+# stays open: a vector carries older text along, and the model never trained with a short memory.
 
 # %% [markdown]
 # ## 3.8 What it costs to train
@@ -1008,8 +1010,8 @@ assert s > 2 * s_vanilla and b > 2 * b_vanilla
 # %% [markdown]
 # The time goes into many small products where vanilla has a few large ones. The bytes grow faster
 # than the length, because each step keeps a copy of the keys and values that it saw: with the whole
-# segment in reach, $1 + 2 + \ldots + T$ of them. A backward pass written by hand makes both cheaper:
-# [appendix A](a_feedback_by_hand.ipynb), if you like.
+# segment in reach, of $0 + 1 + \ldots + (T - 1)$ vectors. A backward pass written by hand makes both cheaper:
+# [appendix A](a_feedback_by_hand.ipynb).
 #
 # ## 3.9 Two aids for training
 #
@@ -1097,7 +1099,7 @@ again, _ = cached(prompt[None, :1].to(device), memory)
 assert torch.equal(one, again)  # going on twice from one memory is safe
 
 # %% [markdown]
-# ### Seconds per token
+# ### Time per token
 #
 # How long does one more token take, after $n$ others? Four ways: Feedback from its vectors; Feedback
 # from its cache; a vanilla transformer of the same size with a cache of its own; and one that reads all
@@ -1186,7 +1188,7 @@ figures.show(
     figure,
     "Reading everything again costs ever more; one more token from a cache costs "
     "about the same for Feedback and for a vanilla transformer, and with a long memory "
-    "a little more for Feedback from its vectors.",
+    "more for Feedback from its vectors.",
 )
 figures.table(
     "Milliseconds for one more token",
@@ -1198,7 +1200,7 @@ assert took[2048]["Feedback, cache"] < 10 * took[2048]["vanilla, cache"]
 
 # %% [markdown]
 # What is slow about Feedback is training. One token after the other is how *every* model generates:
-# compare the two lines with a cache. At this size Feedback's cache saves little over its vectors.
+# compare the two lines with a cache. What Feedback's cache saves over its vectors shows when memory is long.
 #
 # ### Bytes per token
 #
@@ -1253,7 +1255,7 @@ for n, h in held.items():
 #
 # Strictly sequential training did not last. On hardware that thrives on large matrix products, its price is
 # what you measured above; linear recurrences, such as state space models, gave up expressive power to get rid
-# of it. Recurrence in depth did last. A chain of thought that is written out and read again is feedback
+# of it. The way back from the top did last. A chain of thought that is written out and read again is feedback
 # through the text: the top layer's output becomes the bottom layer's input.
 #
 # Some works that took an idea of this chapter further, with the year in which each was first public. Which
