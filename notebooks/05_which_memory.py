@@ -160,10 +160,10 @@ REREAD = "vanilla", "Reformer"
 
 # %% [markdown]
 # (`POOLED`: the Compressive Transformer takes the mean of four states, which does well in chapter 2 and has no
-# parameters.) Transformer-XL has a matrix more in each layer than vanilla, Feedback has fewer. To make parameters
-# equal, `make` gives what is missing to the feed-forward blocks, or takes it from there. Feedback and Reformer
-# come in their fast versions (appendices A and B), which compute the same; Reformer's embeddings and positions
-# begin small, as in chapter 4.
+# parameters.) Transformer-XL has a matrix more in each layer than vanilla, Feedback has fewer. To make
+# parameters equal, `make` widens or narrows the feed-forward blocks. Feedback and Reformer come in their fast
+# versions (appendices A and B), which compute the same; Reformer's embeddings and positions begin small, as in
+# chapter 4.
 
 # %% tags=["band"]
 def count(model):
@@ -293,9 +293,9 @@ assert turns["Feedback"] == 64 * turns["vanilla"] == 16 * turns["Compressive"]
 # ## 5.3 Equal tokens
 #
 # Each model is trained on the same number of characters, 512 a step, and then reads validation text. Models with
-# a memory read segments of 32. Vanilla reads windows of 64, as long as segment and memory of Transformer-XL, and
-# Reformer of 128, eight of its chunks, in fewer lanes, so that a step has as many characters. (`MINUTES` is for
-# section 5.4.)
+# a memory read segments of 32. Vanilla reads windows of 64, as long as segment and memory of Transformer-XL;
+# Reformer reads windows of 128, eight of its chunks; both in fewer lanes, so that a step has as many characters.
+# (`MINUTES` is for section 5.4.)
 
 # %% tags=["band"]
 T, STEPS, LANES = 32, 250, 16
@@ -422,16 +422,16 @@ if text_band.seeds:
 # The four with memory fall steeply over the first eight characters (they seldom meet so few in training), and
 # hardly move after 16, which all of them hold. So text of this kind, read by models of this size, cannot tell
 # long memories apart, and it is not the length of theirs that puts the four ahead. They are also told how far
-# away a token stands, the other two at which place of the window; whether that is the cause was not tried. In 250
-# steps vanilla has learned to use a few characters, and Reformer predicts no better from 64 than from one. (Why
-# it does worst with 2 to 8, we do not know.)
+# away a token stands, the other two at which place of the window; whether that is the cause was not tried. In
+# 250 steps vanilla has learned to use a few characters (64 serve it worse than 8), and Reformer predicts no
+# better from 64 than from one. (Why Reformer does worst with 2 to 8, we do not know.)
 #
 # ## 5.4 Equal minutes
 #
 # A step of Feedback takes several times as long as one of vanilla. Give each model the same *time*: as long as
-# vanilla needs for 300 steps. Time cannot be recorded, since your machine is not ours. So the recorded seeds and
-# your run take a fixed number of steps, `MINUTES`, worked out from ratios measured once. The next cell measures
-# them on your machine, the models in turns, so that whatever else it does falls on all of them.
+# vanilla needs for 300 steps. Time cannot be recorded, since your machine is not ours. So recorded seeds and
+# your run take fixed numbers of steps, `MINUTES`, from ratios measured once. The next cell measures the ratios
+# on your machine, the models in turns, so that its other work falls on all of them.
 
 # %%
 def one_step(name):
@@ -506,8 +506,8 @@ if text_band.seeds:
 
 # %% [markdown]
 # Now Feedback, well ahead of vanilla at equal tokens, is behind it: it has read less than a third as much. The
-# sliding window and Transformer-XL, whose steps are cheap, stay ahead. On another machine the ratios differ, most
-# of all on a GPU, which does little for steps that wait for one another.
+# sliding window and Transformer-XL, whose steps cost little more, stay ahead. On another machine the ratios
+# differ, most of all on a GPU (5.10).
 #
 # ## 5.5 Equal bytes of state
 #
@@ -632,14 +632,15 @@ assert bands.load("03_card_scores", None).low("Feedback").min() > 0.9  # in chap
 
 # %% [markdown]
 # Transformer-XL holds 32 states a layer, and its second layer reads states that have themselves looked back, so
-# it reaches twice as far; beyond, its answers fall to chance. The Compressive Transformer has as many slots, but
-# half of them stand for four tokens each. It still answers where Transformer-XL guesses, and is a little worse
-# where Transformer-XL can answer. In copying, where each symbol must come back exactly and in order, the same
-# states lost. In equal bytes you choose between *how much* of a long past and *how exactly* a shorter one.
+# it reaches twice as far, and up to a segment more; beyond, its answers are chance. The Compressive Transformer
+# has as many slots, but half of them stand for four tokens each. It still answers where Transformer-XL guesses,
+# and is a little worse where Transformer-XL can answer. In copying, where each symbol must come back exactly and
+# in order, the same states did worse. In equal bytes you choose between *how much* of a long past and *how
+# exactly* a shorter one.
 #
 # (The other four were not run. Vanilla and Reformer hold more text than the figure asks for, the sliding window
-# half the tokens of Transformer-XL. Feedback can look things up, as in the card game of chapter 3, the last
-# assertion above, but learned it from shorter games; without them you would measure the training.)
+# half the tokens of Transformer-XL. Feedback can look things up: the last assertion above is chapter 3's card
+# game. But it began with shorter games; this stream has none, and would test the training, not the memory.)
 #
 # ## 5.6 Following the ball
 #
@@ -660,7 +661,7 @@ print("three models, the same weights, the same logits")
 
 # %% [markdown]
 # So four models play. Lessons begin with games of two swaps, and end with eight. Feedback learns at 1e-2, the
-# others at 3e-3: the rates of Feedback and vanilla in chapter 3. No others are compared.
+# others at 3e-3: the rates of Feedback and vanilla in chapter 3. Other rates are not compared.
 
 # %% tags=["band"]
 LESSONS = [(2, 150), (4, 250), (8, 150)]  # swaps in a game, steps
@@ -762,8 +763,8 @@ def full(name, n, L, writing):
 #
 # One more token after `n`, with eight layers. Feedback and the window hold keys and values (`Cached`, chapter 3:
 # now Feedback, too, keeps two vectors a token); Transformer-XL and the Compressive Transformer make them from
-# their states at each call; vanilla and Reformer read the `n` tokens again. After 30,000 tokens only Feedback and
-# the Compressive Transformer are run.
+# their states at each call; vanilla and Reformer read the `n` tokens again. At 30,000 tokens only Feedback and
+# the Compressive Transformer are run, whose vectors take the fewest bytes.
 
 # %%
 DEEP = 8
@@ -909,9 +910,8 @@ assert took["Feedback"][100][0] < took["Transformer-XL"][100][0]
 #
 # ### Deep models
 #
-# With two layers and one text, in the last table above, Reformer holds the most. How much more does a step of
-# training hold for each further layer? Now all read 1,024 tokens: one window, or segments of 64 of 16 texts, which
-# make the memory models hold more than above.
+# With two layers and one text Reformer holds the most (last table above). What does each further layer add? Now
+# all read 1,024 tokens: one window, or a segment of 64 from each of 16 texts, with the memory of section 5.2.
 
 # %%
 def peak_of(name, n_layers):
@@ -942,16 +942,16 @@ figures.table(
 assert all(growth["Reformer"] < 0.5 * growth[n] for n in MODELS if n != "Reformer")
 
 # %% [markdown]
-# Reformer's layers are run backwards and keep nothing (chapter 4). What a further layer adds to it is hardly
-# more than the gradients of its weights. (Checkpoints do nearly as well in any of the other models; chapter 4
-# measures them.)
+# Reformer's layers are run backwards and keep nothing (chapter 4). What a further layer adds is hardly more than
+# the gradients of its weights. (Gradient checkpoints do nearly as well and go with any model: chapter 4.)
 #
 # ## 5.8 At sizes that do not fit here
 #
 # Bytes and operations can be computed. First the formulas, for writing one token with a state of `K` slots; a
 # product of matrices $(m, n)$ and $(n, p)$ counts $2\,m\,n\,p$ operations, and all else is left out. The first
 # function counts the buckets of Reformer's hash, twice as many as chunks; above 32, those of its two small
-# hashes, added (chapter 4).
+# hashes, added (chapter 4). In Transformer-XL the new token makes `K + 1` keys, and chapter 1's `R` has a row
+# more.
 
 # %%
 def hash_size(n_chunks):
@@ -992,7 +992,8 @@ def operations(name, K, L, d_model, d_ff, vocab_size=64, P=2, w=32):
 
 
 # %% [markdown]
-# PyTorch counts the operations that it runs. Hold them against the formulas at small sizes:
+# PyTorch counts the operations that it runs, but on a CPU not those of fused attention, so `SDPBackend.MATH`
+# switches that off. Hold them against the formulas at small sizes:
 
 # %%
 @torch.no_grad()
@@ -1063,17 +1064,16 @@ assert sizes["Compressive"] > 4 * sizes["Feedback"]
 assert million["vanilla"] > 100 * million["Reformer"] > 100 * million["Feedback"]
 
 # %% [markdown]
-# With keys and values of all 24 layers a text takes 24 times what Feedback holds, whose keys and values serve all
-# layers. Making keys and values anew is out of the question at this length, and so is reading again. This is
-# arithmetic, not a promise; a sliding window of fixed length would cost the same there as at ten thousand,
-# but not hold the million.
+# Keys and values of all 24 layers take 24 times what Feedback holds. Making them anew is out of the question at
+# this length, and so is reading again. This is arithmetic, not a promise; a sliding window of fixed length would
+# cost the same there as at ten thousand, but not hold the million.
 #
 # ### At a glance
 #
-# Nine measurements in one picture. Each small chart has its own scale, from zero; more is better where the title
-# does not say less. The best bar is filled (too short to see in "state"), the others are pale. For the ball, the
-# sliding window and the Compressive Transformer stand where Transformer-XL does (section 5.6). "Training after
-# 10,000" is a window of 10,000 for vanilla and Reformer, a segment of 64 for the others.
+# Nine measurements. Each chart has its own scale, from zero; more is better where the title does not say less.
+# The best bar is filled (too short to see in "state"), the others are pale. For the ball, the sliding window and
+# the Compressive Transformer stand where Transformer-XL does (section 5.6). "Training after 10,000" is a window
+# of 10,000 for vanilla and Reformer, a segment of 64 for the others.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 losses = {short(key): loss for key, loss in minutes_race.items()}
@@ -1125,9 +1125,9 @@ figures.show(
 # ### Look inside
 #
 # What does each model hold when it reads a character? Here three models, trained for longer (the book's page on
-# trained weights), read the same text. Point at a character, or step to one with the arrow keys. A tray is a slot
-# that the model has: one for each character, or one for four; the bar above says how much attention goes to it
-# (top layer first).
+# trained weights), read the same text. Point at a character. Bold is what the model holds. A tray below is a
+# slot, for one character or four; the bar above says how much attention goes to it, in the top layer unless you
+# choose another.
 
 # %%
 seen = {}
@@ -1144,7 +1144,7 @@ figures.explorer(seen, vocab)
 # %% [markdown]
 # ## 5.9 Decide
 #
-# Each row of this table is computed from what its last column names. The cell fails if a row is not so.
+# Each row is computed from the sections that its last column names. The cell fails if a row is wrong.
 
 # %%
 streams = [name for name in MODELS if name not in REREAD]  # states of a fixed size
@@ -1203,9 +1203,9 @@ assert taken[3:5] == ["Reformer", "Reformer"]
 assert not text_band.seeds or taken[5] == "sliding window"
 
 # %% [markdown]
-# Read a row as advice with its reason, not as a law. "Feedback" stands twice: one vector for all layers is small,
-# and hands on what each step found. Where tokens come one by one anyway, that costs nothing. If you must *train*
-# such a model on much text, section 5.4 is the price. And if your texts are short, a few hundred tokens, vanilla
+# Read a row as advice, not as a law. "Feedback" stands twice: one vector for all layers is small, and hands on
+# what each step found. Where tokens come one by one anyway, waiting for the one before costs nothing. If you
+# must *train* such a model on much text, section 5.4 is the price. With texts of a few hundred tokens vanilla
 # trains fastest (5.7); the sliding window learned more here, per token and per minute.
 #
 # ## 5.10 What this chapter does not show
