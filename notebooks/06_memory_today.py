@@ -174,8 +174,8 @@ for values in old_ways.values():
 # %% [markdown]
 # Both answer until they run out of slots, a *slot* being the place of one stored state. Then the answer is gone,
 # though only four values ever need to be known at a time. Whatever is read takes a slot, important or not, and
-# loses it with age. There are two ways out: *choose* what gets a slot (sections 6.3 and 6.4), or do without slots
-# (6.5).
+# loses it with age. There are two ways out: *choose* what gets a slot, or how much of one (sections 6.3 and 6.4),
+# or do without slots (6.5).
 #
 # Today's memories keep keys and values, as the cache of chapter 0 does, and not states, as in chapters 1 and 2. A
 # slot then takes twice the space, but nothing is computed twice. Each memory is a module. It gets the states `x`
@@ -196,7 +196,7 @@ for values in old_ways.values():
 # R_{m} = \begin{pmatrix} \cos m\theta & -\sin m\theta \\ \sin m\theta & \cos m\theta \end{pmatrix} .
 # $$
 #
-# Each pair of dimensions (in the code `i` and `i + half`) has a $\theta$ of its own, from 1 down to nearly 1 /
+# Each pair of dimensions (in the code `i` and `i + half`) has a $\theta$ of its own, from 1 down towards 1 /
 # 10,000, like the wavelengths of chapter 0's sinusoids.
 
 # %% tags=["from-module"]
@@ -241,7 +241,7 @@ assert len({row[1] for row in rows}) == len({row[2] for row in rows}) == 1
 # - **Sinks** (StreamingLLM, 2023): many heads of large models put most of their weight on the very first tokens,
 #   whatever these say. The weights of a softmax sum to 1, so a head with nothing to look for must put them
 #   somewhere. Throw these tokens away, and such heads go wrong. So keep them, and then the latest. Section 6.9
-#   shows this in a model with one head.
+#   shows it in one head.
 # - **Most used** (H2O, 2023; SnapKV, 2024): keep what queries have attended to, $\text{got}_j = \sum_i w_{ij}$,
 #   where $w_{ij}$ is the weight of query $i$ on slot $j$. H2O sums over all queries so far, SnapKV over the latest
 #   alone. One number covers both: what a slot got before counts `decay` times, 1 or 0.
@@ -408,7 +408,8 @@ assert once.max() == 1 and torch.equal(seen[:22], torch.ones(24, 24).tril().bool
 #
 # Slots also help to *find* what to read. Each query scores all slots first, and then reads the `top_k` best blocks
 # token by token as well. (Chapter 4's hashing found similar keys by chance; here a mean of keys stands for its
-# block, and the score itself chooses.) All tokens must be kept for that: it saves reading, not space.
+# block, and the score itself chooses.) All tokens must be kept for that: it saves reading, not space. (Ours, which
+# reads all and masks, saves neither.)
 
 # %% tags=["from-module"]
 def closer(scores, blocks, n_tokens, top_k, c):
@@ -505,7 +506,7 @@ print(f"adding: after b=5 and b=2, what is b? {S @ b:.0f}")
 # $$
 #
 # With $\beta = 1$ and a key of length 1, $S_t k_t$ is afterwards exactly $v_t$, and what $S$ says in directions at
-# right angles to $k_t$ has not changed. With $\beta = 0$ nothing is written. (It is a step of gradient descent on
+# right angles to $k_t$ has not changed. (It is a step of gradient descent on
 # $\frac{1}{2} \lVert S k - v \rVert^2$: such a memory learns while it reads.)
 
 # %%
@@ -516,7 +517,7 @@ for value in (five, two):
 assert S @ b == two
 
 # %% [markdown]
-# Two more numbers are learned for each token and head: how strongly to write, $\beta_t$, and how much of the old
+# Two more numbers are computed for each token and head: how strongly to write, $\beta_t$, and how much of the old
 # state to keep before that, the **gate** $\alpha_t$ between 0 and 1. Together they make the gated delta rule (Yang
 # et al., 2024),
 #
@@ -559,7 +560,8 @@ def delta_rule(q, k, v, alpha, beta, S):
 # That is a triangular system of linear equations for all $u_t$ of the chunk, and one call solves it. $S_0$ appears
 # on the right alone, so the code solves for two right sides, $\beta_t v_t$ (giving `own`) and
 # $\beta_t \gamma_t k_t$ (giving `of_S`), in *all* chunks at once. Then, chunk by chunk, $u_t$ is `own` less $S_0$
-# times `of_S`. In the code, `decay` holds $\gamma_t / \gamma_i$.
+# times `of_S`, and the sum for $S_t$ gives $S_t q_t$ and the next $S_0$. In the code, `decay` holds
+# $\gamma_t / \gamma_i$, and `look` that times $k_i^\top q_t$.
 
 # %% tags=["from-module"]
 def chunked_delta_rule(q, k, v, alpha, beta, S, chunk_len=32):
@@ -627,7 +629,8 @@ assert slow > 3 * fast
 
 # %% [markdown]
 # The module brings keys and queries to length 1, and learns to compute $\alpha$ and $\beta$ from the state of each
-# token. `strength` is the most that $\beta$ can be. Why 2, section 6.8 shows.
+# token. `strength` is the most that $\beta$ can be: 1, or up to 2, as section 6.8 will need. The module needs no
+# positions: the state depends on the order of the writes.
 
 # %% tags=["from-module"]
 class Delta(nn.Module):
@@ -658,8 +661,7 @@ class Delta(nn.Module):
 # %% [markdown]
 # ## 6.6 The model, and depth by looping
 #
-# The layer is chapter 0's, class and all, except that it hands its attention over: queries, keys and values go to
-# `remember`.
+# The layer is chapter 0's, except that it hands its attention over: queries, keys and values go to `remember`.
 
 # %% tags=["from-module"]
 class Layer(vanilla_transformer.Layer):
@@ -680,10 +682,10 @@ class Layer(vanilla_transformer.Layer):
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x))), memory
 
 # %% [markdown]
-# One more idea of today is a line in the model: run the layers several times (**looped depth**). Feedback let the
-# lowest layer read, at the next token, what the highest had found. A looped model lets it read that *at the same
-# token*, once more through the same weights. Huginn (Geiping et al., 2025) does that at scale. The model is deeper
-# with no more parameters, and each loop has its own memory:
+# One more idea of today takes one line in the model: run the layers several times (**looped depth**). Feedback let
+# the lowest layer read, at the next token, what the highest had found. A looped model lets it read that *at the
+# same token*, once more through the same weights. Huginn (Geiping et al., 2025) does that at scale. The model is
+# deeper with no more parameters, and each loop has its own memory:
 #
 # $$
 # x \leftarrow \text{layers}(x) \quad \text{n\_loops times.}
@@ -746,10 +748,9 @@ print(f"with {numbers(looped):,} parameters in place of {numbers(unrolled):,}")
 # ## 6.7 Recall by age
 #
 # Back to the recall task, with five seeds of each memory and the 8 KiB a layer of section 6.1. That is 16 keys and
-# values of 64 numbers, or two heads with states of 32 x 32: one state for the whole past, in the space of 16
-# slots. `last queries` is SnapKV's rule and `all queries` H2O's. (Each cache also holds what its slots got: half a
-# KiB in the table, which adds up both layers.) The looped model has two loops, so two memories a layer, of half
-# the length.
+# values of 64 numbers, or two heads with states of 32 x 32. `last queries` is SnapKV's rule and `all queries`
+# H2O's. (Each cache also holds what its slots got: half a KiB in the table, which adds up both layers.) The looped
+# model has two loops, so two memories a layer, of half the length.
 
 # %% tags=["band"]
 RECALL = dict(vocab_size=tasks.RECALL_VOCAB, d_model=64, n_heads=4, n_layers=2)
@@ -851,7 +852,7 @@ figures.table(
 #   they would begin to collide.)
 # - **What the latest queries used** does not fall to guessing at any age: a value that is asked for again and
 #   again stays. Young answers pay the price: 12 of the 16 slots go to what was used, and a new value not asked for
-#   in its own segment may be gone in the next.
+#   in its own segment of 16 may be gone in the next.
 # - **Pooling** is good at young answers, then falls, and its reach ends where its slots do: after
 #   `(8 + 4 * 8) * 2` tokens, through two layers. In the same bytes chapter 2's model has twice as many slots,
 #   since it keeps states and not keys and values.
@@ -876,10 +877,9 @@ recall_figure(
 )
 
 # %% [markdown]
-# A window reaches a few times its length, as ever. Looping does not help here: each loop needs space for its
-# memory. *All* queries and the *latest* differ in one number, `decay`. Why does that matter so much? A sum over
-# all queries only grows. So take the model trained with 0, change the number afterwards, and see how long slots
-# stay:
+# A window reaches a few times its length. Looping does not help here: each loop needs space for its memory. *All*
+# queries and the *latest* differ in one number, `decay`. Why does that matter so much? A sum over all queries only
+# grows. So take the model trained with 0, change the number afterwards, and see how long slots stay:
 
 # %%
 @torch.no_grad()
@@ -1113,7 +1113,7 @@ assert beta[best].min() > 1.9 and off[best] < 0.05
 # %% [markdown]
 # ## 6.9 Past the window, with and without a sink
 #
-# One more small, made-up experiment shows *why* sinks are kept. Texts made of 32 symbols follow a fixed table of
+# One more small, made-up experiment shows a sink at work. Texts made of 32 symbols follow a fixed table of
 # chances, which the feed-forward layer can learn by itself. But after any of four symbols, the *triggers*, the
 # symbol before the trigger comes once more, so at a trigger the head must look one token back. At all other tokens
 # it has nothing to do. Each text begins with a start token.
@@ -1183,8 +1183,8 @@ assert on_start[~trigger].mean() > 5 * on_start[trigger].mean()
 
 # %% [markdown]
 # When the head has no work, it rests much of its weight on the start token. That is the sink: many times the 1/64
-# or so that even attention would give. Now read far past the 64 tokens of training, with a window that drops the
-# start token, one that keeps it, and a cache that keeps everything:
+# or so that even attention would give. Now read far past the 64 tokens of training, with a window of 64 (63 slots
+# and the token itself) that drops the start token, one that keeps it, and a cache that keeps everything:
 
 # %%
 sinks = {
@@ -1239,10 +1239,10 @@ assert lost["everything"].min() > 0.1
 # predict.) One slot makes the difference, the one for the start token, in every seed, though in one of them by
 # next to nothing. Without it, presumably, the head has nowhere to rest and mixes in symbols that do not belong
 # there. To keep everything is worse still: the model then meets distances of more than 64, as it never did in
-# training and never does in a cache of numbered slots.
+# training and never does with 63 slots, whose places are counted afresh at each reading.
 #
-# In large models many heads in many layers rest on the first tokens, and without them the loss explodes (Xiao et
-# al., 2023). Here it merely rises: a single head can do little harm.
+# In large models many heads rest on the first tokens, and without them the loss explodes (Xiao et al., 2023). Here
+# it merely rises: a single head can do little harm.
 #
 # The text can be as long as you like. Here a window with a sink reads 20,000 tokens; its loss and its bytes on the
 # way:
@@ -1277,8 +1277,8 @@ halves = [sum(part) / 5 for part in (losses[:5], losses[5:])]
 assert abs(halves[0] - halves[1]) < 0.05 and len(set(space)) == 1
 
 # %% [markdown]
-# The state does not grow, and the loss goes up and down with the texts but does not rise. Such a cache is for a
-# stream without end. It remembers no more than its window, though.
+# The state does not grow, and the loss goes up and down with the texts but does not rise. Such a cache is for
+# endless streams, but remembers no more than its window.
 
 # %% [markdown]
 # ## 6.10 On text, and what it costs
@@ -1397,7 +1397,7 @@ assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
 
 # %% [markdown]
 # It is best near the number of loops it was trained with, and each further one costs it something. Huginn draws
-# the number anew at each step of training, and so learns to be run for longer (Geiping et al., 2025).
+# the number anew at each step of training, and so learns to be run for longer.
 #
 # ### Time
 #
@@ -1446,8 +1446,8 @@ assert growth["attention"] > 1.5 * growth["in chunks"]
 
 # %% [markdown]
 # For short texts PyTorch's attention, one fused call, is far ahead. But the longer the text, the dearer its
-# tokens, while the rule does the same arithmetic for each token at any length; where its line rises, that is the
-# machine's doing. On ours the two were level from 2,048 tokens on. Where they meet depends on the machine and on
+# tokens, while the rule does the same arithmetic for each token at any length. (Why its line rises in the end all
+# the same, we did not look into.) Where the two meet, here at a few thousand tokens, depends on the machine and on
 # the code: on a GPU people write kernels for both.
 
 # %% [markdown]
@@ -1506,9 +1506,9 @@ assert held["pooled, top_k"][-1] > held["every key and value"][-1]
 #
 # The attention of a trained model says where it looks. But a slot of pooled tokens has no single age, and a state
 # has no attention at all. One trick works for all three, since what a head reads is *linear* in the values.
-# Replace the value of token $i$ by the $i$-th unit vector and leave all else as it was: then the head reads a list
-# of how much of each value is in it. For a cache this is the attention, for pooled tokens attention times gate,
-# and for the delta rule it is what is left, with its sign, of each value that was written.
+# Replace the value of token $i$ by the $i$-th of `N` unit vectors, one a token, and leave all else as it was: then
+# the head reads a list of how much of each value is in it. For a cache this is the attention, for pooled tokens
+# attention times gate, and for the delta rule it is what is left of each value that was written, with its sign.
 
 # %%
 @torch.no_grad()
@@ -1598,10 +1598,10 @@ figures.table(
 assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 
 # %% [markdown]
-# The cache and the delta rule read at all ages, most of all the young ones, as most answers are young. A layer of
-# pooling reads nothing older than its slots; older tokens reach the second layer through the first. The cache has
-# *chosen* the old tokens that it still holds. The state has not chosen: what a question finds in it is what no
-# later value has replaced.
+# The cache and the delta rule read at all ages, the youngest more than the answers call for. A layer of pooling
+# reads nothing older than its slots; older tokens reach the second layer through the first. The cache has *chosen*
+# the old tokens that it still holds. The state has not chosen: what a question finds in it is what no later value
+# has replaced.
 #
 # ## 6.11 Departures from the papers
 #
@@ -1610,8 +1610,7 @@ assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 #   Ours choose after each segment.
 # - **Pooling**: Native Sparse Attention has overlapping blocks, turns a block into a slot by a small network, and
 #   mixes its three branches (blocks, chosen tokens, window) by gates of their own. Its `top_k` saves time, by
-#   kernels that read only what was picked. Ours reads everything and masks the rest: you see the idea and not the
-#   saving.
+#   kernels that read only what was picked; ours masks the rest.
 # - **Delta rule**: Gated DeltaNet has short convolutions on queries, keys and values, nonlinearities, a gate at
 #   the output, and RMSNorm where we have a layer norm. It is often mixed with layers of attention.
 # - **Looped depth**: Huginn has layers of its own before and after the loop.
@@ -1621,12 +1620,11 @@ assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 # %% [markdown]
 # ## 6.12 What became of it: a family tree
 #
-# Where did the four ideas go? First a picture, then a sentence a work. A work stands at the year in which it was
-# first public, or a little later than the one it grew from. A ring in another colour says that it owes something
-# to that family too. Which idea a work goes back to is our reading, not always its authors'.
+# Where did the four ideas go? In the picture, a work stands at the year in which it was first public, or a little
+# later than the one it grew from. A ring in another colour: it owes something to that family too. Which idea a
+# work goes back to is our reading, not always its authors'.
 #
-# The fifth family has no chapter of its own. It begins with linear attention, which needs only one matrix however
-# long the past: the state of fixed size of this chapter.
+# The fifth family has no chapter of its own. It begins with linear attention (section 6.5).
 
 # %%
 ANCESTORS = {
@@ -1750,8 +1748,8 @@ figures.show(
 #   that all later segments read, trained by the loss of the language model alone.
 # - [H2O](https://arxiv.org/abs/2306.14048) (2023) keeps the keys that have got the most attention so far,
 #   added up over all queries, and the most recent ones.
-# - [SnapKV](https://arxiv.org/abs/2404.14469) (2024) asks the last queries of a prompt: each head keeps the
-#   keys that they attend to most, much as `MostUsed` does.
+# - [SnapKV](https://arxiv.org/abs/2404.14469) (2024) asks the last queries of a prompt: each head keeps the keys
+#   that they attend to most, much as chapter 2's `MostUsed` does.
 # - [Infini-attention](https://arxiv.org/abs/2404.07143) (2024) stores what leaves the segment in a memory of
 #   fixed size, which is read without a softmax; a public attempt to reproduce it
 #   [reported](https://huggingface.co/blog/infini-attention) that it got worse the more often the memory was
@@ -1870,8 +1868,8 @@ exercises.check("6.2", my_product)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Seen from the query, the key is turned back by `n`: the pair $(a, b)$ becomes $(a \cos + b \sin,\; b \cos - a \sin)$. Multiply by
-# the query's pair, and add up over the pairs.
+# Seen from the query, the key is turned back by `n`: the pair $(a, b)$ becomes
+# $(a \cos + b \sin,\; b \cos - a \sin)$. Multiply by the query's pair, and add up over the pairs.
 #
 # </details>
 #
