@@ -61,8 +61,7 @@ print(my_slots([4, 1, 2, 7, 3, 9, 5, 1, 8, 2]))
 # %% [markdown]
 # ## 6.2 Without a place
 #
-# Let the query's pair be $(q_a, q_b)$ and the key's $(k_a, k_b)$. Turned back by the angle, the key's is $(k_a \cos + k_b \sin,\; k_b \cos
-# - k_a \sin)$. The product is
+# Let the query's pair be $(q_a, q_b)$ and the key's $(k_a, k_b)$. Turned back by the angle, the key's is $(k_a \cos + k_b \sin,\; k_b \cos - k_a \sin)$. The product is
 #
 # $$
 # (q_a k_a + q_b k_b) \cos + (q_a k_b - q_b k_a) \sin .
