@@ -688,7 +688,7 @@ class Layer(vanilla_transformer.Layer):
 # deeper with no more parameters, and each loop has its own memory:
 #
 # $$
-# x \leftarrow \text{layers}(x) \quad \text{n\_loops times.}
+# x \leftarrow \text{layers}(x) \qquad \text{once for each loop.}
 # $$
 
 # %% tags=["from-module"]
