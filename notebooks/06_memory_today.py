@@ -192,7 +192,10 @@ for values in old_ways.values():
 # between them, so the score depends on $(m - n)\,\theta$, the *distance*:
 #
 # $$
-# (R_{m} q)^\top (R_{n} k) = q^\top R_{n-m}\, k , \qquad
+# (R_{m} q)^\top (R_{n} k) = q^\top R_{n-m}\, k ,
+# $$
+#
+# $$
 # R_{m} = \begin{pmatrix} \cos m\theta & -\sin m\theta \\ \sin m\theta & \cos m\theta \end{pmatrix} .
 # $$
 #
