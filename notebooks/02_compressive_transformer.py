@@ -1792,8 +1792,8 @@ for k in (0, 1):  # training, evaluation
 #   that all later segments read, trained by the loss of the language model alone.
 # - [H2O](https://arxiv.org/abs/2306.14048) (2023) keeps the keys that have got the most attention so far,
 #   added up over all queries, and the most recent ones.
-# - [SnapKV](https://arxiv.org/abs/2404.14469) (2024) asks the last queries of a prompt: each head keeps the
-#   keys that they attend to most, much as `MostUsed` does.
+# - [SnapKV](https://arxiv.org/abs/2404.14469) (2024) asks the last queries of a prompt: each head keeps the keys
+#   that they attend to most, much as `MostUsed` of chapter 2 does.
 # - [Infini-attention](https://arxiv.org/abs/2404.07143) (2024) stores what leaves the segment in a memory of
 #   fixed size, which is read without a softmax; a public attempt to reproduce it
 #   [reported](https://huggingface.co/blog/infini-attention) that it got worse the more often the memory was
