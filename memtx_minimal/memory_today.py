@@ -216,7 +216,7 @@ class Layer(vanilla_transformer.Layer):
         self.remember = remember
 
     def forward(self, x, memory):
-        """x (B, T, d_model) -> (B, T, d_model), memory; None: of nothing."""
+        """x (B, T, d_model), memory or None -> (B, T, d_model), memory."""
         attention, y = self.attention, self.norm_attention(x)
         qkv = attention.query_key_value(y).to(x.dtype)  # (B, T, 3 * d_model)
         q, k, v = qkv.unflatten(-1, (3, attention.n_heads, -1)).unbind(2)
@@ -230,7 +230,7 @@ class MemoryToday(nn.Module):
     """A language model whose layers remember in one of the ways of KINDS.
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: the kind's, for
-    each layer of each loop, detached. The layers run n_loops times. Settings: its own.
+    each layer of each loop, detached. The layers run n_loops times. Settings go to it.
     """
 
     KINDS = {"cache": Cache, "pooled": Pooled, "delta": Delta}

@@ -873,9 +873,10 @@ axes.set_title(f"Each window starts nearly blind ({corpus.name})")
 axes.legend()
 figures.show(
     figure,
-    "At the first position of a window, where one character has been read, the loss is "
-    "0.7 nats higher than later. It falls over three positions, and then no further: it "
-    "goes up and down a little, the same way in all five recorded seeds.",
+    "At the first position of a window, where one character has been read, the loss "
+    "is 0.7 nats higher than later. It falls over three positions, and then no "
+    "further: it goes up and down a little, the same way in all five recorded "
+    "seeds.",
 )
 
 # %%

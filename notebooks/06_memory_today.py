@@ -72,7 +72,7 @@ print(f"PyTorch {torch.__version__} on {device}")
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def strip(axes, row, held, label, color, height=0.6):
-    """One row of a picture: which tokens a memory holds; (first, width) of each slot."""
+    """One row of a picture: the slots that a memory holds, (first, width) of each."""
     axes.broken_barh([(0, 40)], (row, height), color="#eeeeee")
     for first, width in held:
         box = dict(facecolor=color, edgecolor="white", linewidth=0.8)
@@ -301,7 +301,7 @@ class Cache(nn.Module):
 # best `mem_len` stay, in their order. Of ten slots of one head, let six stay:
 
 # %%
-got = torch.tensor([0.9, 0.1, 0.2, 0.8, 0.1, 0.7, 0.3, 0.2, 0.1, 0.1])
+got = torch.tensor([0.1, 0.1, 0.4, 0.8, 0.1, 0.7, 0.5, 0.2, 0.1, 0.1])
 rules = {
     "window": Cache(8, 1, mem_len=6),
     "2 sinks": Cache(8, 1, mem_len=6, n_sinks=2),
@@ -314,10 +314,13 @@ figures.table(
     ["slot", *range(10)],
     [
         ["got", *(f"{x:.1f}" for x in got.tolist())],
-        *([name, *("x" if n in at else "" for n in range(10))] for name, at in held.items()),
+        *(
+            [name, *("x" if n in stay else "" for n in range(10))]
+            for name, stay in held.items()
+        ),
     ],
 )
-assert held["4 most used"].tolist() == [0, 3, 5, 6, 8, 9]
+assert held["4 most used"].tolist() == [2, 3, 5, 6, 8, 9]
 assert held["2 sinks"].tolist() == [0, 1, 6, 7, 8, 9]
 
 # %% [markdown]
@@ -325,7 +328,7 @@ assert held["2 sinks"].tolist() == [0, 1, 6, 7, 8, 9]
 
 # %%
 def by_parts(remember, parts, sizes):
-    """What heads read when a text is read in parts: parts is (x, q, k, v) of all of it."""
+    """What heads read of a text that comes in parts; parts: its whole (x, q, k, v)."""
     memory, read = remember.empty(parts[2]), []
     for part in zip(*(x.split(sizes, dim=1) for x in parts)):
         heads, memory = remember(*part, memory)
@@ -395,9 +398,9 @@ left.set(xticks=range(6), yticks=range(0, 24, 4))
 right.set(xticks=range(0, 24, 4), ylabel="")
 figures.show(
     figure,
-    "What 24 queries see. Each sees its latest eight to eleven tokens one by one, and "
-    "of the three blocks of four before these one slot each. The oldest block is out of "
-    "view from query 23 on.",
+    "What 24 queries see. Each sees its latest eight to eleven tokens one by one, "
+    "and of the three blocks of four before these one slot each. The oldest block "
+    "is out of view from query 23 on.",
 )
 
 # %%
@@ -496,7 +499,7 @@ for top_k in (None, 2):
 # and then 2:
 
 # %%
-b, five, two = torch.eye(4)[1], 5.0, 2.0  # b is a key of length 1; values are numbers here
+b, five, two = torch.eye(4)[1], 5.0, 2.0  # a key of length 1; values are numbers
 S = five * b + two * b  # one row of S, since a value is one number
 print(f"adding: after b=5 and b=2, what is b? {S @ b:.0f}")
 
@@ -675,7 +678,7 @@ class Layer(vanilla_transformer.Layer):
         self.remember = remember
 
     def forward(self, x, memory):
-        """x (B, T, d_model) -> (B, T, d_model), memory; None: of nothing."""
+        """x (B, T, d_model), memory or None -> (B, T, d_model), memory."""
         attention, y = self.attention, self.norm_attention(x)
         qkv = attention.query_key_value(y).to(x.dtype)  # (B, T, 3 * d_model)
         q, k, v = qkv.unflatten(-1, (3, attention.n_heads, -1)).unbind(2)
@@ -699,7 +702,7 @@ class MemoryToday(nn.Module):
     """A language model whose layers remember in one of the ways of KINDS.
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: the kind's, for
-    each layer of each loop, detached. The layers run n_loops times. Settings: its own.
+    each layer of each loop, detached. The layers run n_loops times. Settings go to it.
     """
 
     KINDS = {"cache": Cache, "pooled": Pooled, "delta": Delta}
@@ -736,7 +739,9 @@ def numbers(model):
 
 torch.manual_seed(SEED)
 once = MemoryToday(10, d_model=32, n_heads=2, n_layers=2, d_ff=64, mem_len=8)
-looped = MemoryToday(10, d_model=32, n_heads=2, n_layers=2, d_ff=64, mem_len=8, n_loops=3)
+looped = MemoryToday(
+    10, d_model=32, n_heads=2, n_layers=2, d_ff=64, mem_len=8, n_loops=3
+)
 looped.load_state_dict(once.state_dict())
 unrolled = MemoryToday(10, d_model=32, n_heads=2, n_layers=6, d_ff=64, mem_len=8)
 unrolled.load_state_dict(once.state_dict(), strict=False)
@@ -821,10 +826,10 @@ def recall_figure(names, title, alt):
 recall_figure(
     ["Transformer-XL", "Compressive", "last queries", "pooled", "delta rule"],
     "8 KiB a layer: how far back?",
-    "The delta rule is right at all ages up to 192. The cache of what the latest queries "
-    "used is right six or seven times in ten for young answers and four times in ten for "
-    "the oldest. Pooling is right for young answers and guesses from 80 on, where the "
-    "Compressive Transformer still answers.",
+    "The delta rule is right at all ages up to 192. The cache of what the latest "
+    "queries used is right six or seven times in ten for young answers and four "
+    "times in ten for the oldest. Pooling is right for young answers and guesses "
+    "from 80 on, where the Compressive Transformer still answers.",
 )
 
 # %%
@@ -873,10 +878,11 @@ assert pooled[:, 1].min() > 0.85 and pooled[:, 5:].max() < 0.2
 recall_figure(
     ["window", "looped window", "all queries", "last queries"],
     "16 slots, four rules",
-    "A window answers up to an age of about 32 tokens and guesses beyond 48. The looped "
-    "window, with half the slots, reaches less far. A cache of what all queries so far "
-    "have used is right half of the time for the youngest answers and guesses beyond 16, "
-    "while what the latest queries used is above guessing at all ages.",
+    "A window answers up to an age of about 32 tokens and guesses beyond 48. The "
+    "looped window, with half the slots, reaches less far. A cache of what all "
+    "queries so far have used is right half of the time for the youngest answers "
+    "and guesses beyond 16, while what the latest queries used is above guessing at "
+    "all ages.",
 )
 
 # %% [markdown]
@@ -952,7 +958,8 @@ nothing, one = torch.zeros(1, 1, 1, 5), torch.ones(1, 1, 1)
 for strength in (1, 2):
     S = torch.arange(5.0).expand(1, 1, 5, 5)  # column j says j: what lies under cup j
     _, S = delta_rule(nothing, u.expand(1, 1, 1, 5), nothing, one, strength * one, S)
-    print(f"beta = {strength}: under the cups lie {[round(x, 2) for x in S[0, 0, 0].tolist()]}")
+    under = [round(x, 2) for x in S[0, 0, 0].tolist()]
+    print(f"beta = {strength}: under the cups lie {under}")
 assert S[0, 0, 0].allclose(torch.tensor([0.0, 3.0, 2.0, 1.0, 4.0]))
 
 # %% [markdown]
@@ -1028,10 +1035,10 @@ axes.set_title("Where is the ball?")
 axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.26))
 figures.show(
     figure,
-    "With strength up to 2 one layer of the delta rule is right up to 32 swaps and nine "
-    "times in ten after 128, four times the longest lesson. With strength up to 1 it has "
-    "lost the ball in most games after eight swaps, and guesses from 16 on, as vanilla "
-    "with four layers does.",
+    "With strength up to 2 one layer of the delta rule is right up to 32 swaps and "
+    "nine times in ten after 128, four times the longest lesson. With strength up "
+    "to 1 it has lost the ball in most games after eight swaps, and guesses from 16 "
+    "on, as vanilla with four layers does.",
 )
 
 # %%
@@ -1082,7 +1089,8 @@ best = off.argmin().item()
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.4), sharey=True)
 names = [f"{a}{b}" for a, b in pairs.tolist()]
-look = dict(xlabel="swap of cups", ylabel="swap of cups", cmap="Purples", vmin=0, vmax=1)
+look = dict(xlabel="swap of cups", ylabel="swap of cups")
+look |= dict(cmap="Purples", vmin=0, vmax=1)
 figures.matrix(left, derived, title="derived: |u · u|", **look)
 figures.matrix(right, learned[best], title=f"learned: |k · k|, head {best}", **look)
 for axes in (left, right):
@@ -1127,8 +1135,8 @@ TABLE = 2.5 * torch.randn(32, 32, generator=torch.Generator().manual_seed(5))
 
 
 def echoes(batch_size, length, seed):
-    """Texts of a start token and symbols that follow a fixed table of chances. After one
-    of the symbols 0 to 3, the symbol before it comes once more."""
+    """Texts of a start token and symbols that follow a fixed table of chances. After
+    one of the symbols 0 to 3, the symbol before it comes once more."""
     dice = torch.Generator().manual_seed(seed)
     chances = TABLE.softmax(dim=-1)
     while True:
@@ -1216,6 +1224,7 @@ for axes, names in ((left, looks), (right, list(looks)[1:])):
 left.set(ylabel="loss (nats)", title="what the cache keeps")
 right.set(xlim=(0.9, 4.1), ylim=(0.66, 0.9), title="the same, closer")
 left.legend(fontsize=8)
+right.get_legend().remove()  # the same colours
 figures.show(
     figure,
     "Up to 64 tokens, the dashed line, all three are equal. Beyond, the loss is far "
@@ -1232,7 +1241,10 @@ for name in ("window", "everything"):
 figures.table(
     "Nats more than window and sink, beyond 64 tokens, five seeds",
     ["", "lowest", "mean", "highest"],
-    [[n, *(f"{x:+.3f}" for x in (v.min(), v.mean(), v.max()))] for n, v in lost.items()],
+    [
+        [name, *(f"{x:+.3f}" for x in (some.min(), some.mean(), some.max()))]
+        for name, some in lost.items()
+    ],
 )
 assert lost["window"].min() > 0 and lost["window"].mean() > 0.02
 assert lost["everything"].min() > 0.1
@@ -1253,7 +1265,7 @@ assert lost["everything"].min() > 0.1
 # %%
 @torch.inference_mode()
 def long_read(model, n_tokens=20_000, every=2_000):
-    """Nats in each stretch of eight long texts, and bytes of state of one after each."""
+    """Nats in each stretch of eight long texts, and the bytes held of one after it."""
     memory, losses, space = None, [], []
     tokens, targets, _ = next(echoes(8, n_tokens, seed=10**6 + 1))
     for n in range(0, n_tokens, 4):
@@ -1322,7 +1334,8 @@ def text_scores(seed):
 # %%
 fits = {name: fit(name, SEED, STEPS) for name in MINUTES}
 text = {name: text_loss(model) for name, model in fits.items()}
-text |= {f"{n}, minutes": text_loss(fit(n, SEED, steps)) for n, steps in MINUTES.items()}
+for name, steps in MINUTES.items():
+    text[f"{name}, minutes"] = text_loss(fit(name, SEED, steps))
 text_band = bands.load("06_text_scores", corpus.name)
 text_band.check(text, margin=0.1)
 chapter_5 = bands.load("05_text_scores", corpus.name)
@@ -1346,9 +1359,9 @@ for axes, race in zip(panels, ("", ", minutes")):
 figures.show(
     figure,
     f"Validation losses on {corpus.name}. At equal tokens the memories of this chapter "
-    "lie close together, near Transformer-XL and the Compressive Transformer of chapter "
-    "5. At equal minutes pooling and the window lead and the looped window comes last. "
-    "All are ahead of vanilla, both times.",
+    "lie close together, near Transformer-XL and the Compressive Transformer of "
+    "chapter 5. At equal minutes pooling and the window lead and the looped window "
+    "comes last. All are ahead of vanilla, both times.",
 )
 
 # %%
@@ -1390,8 +1403,8 @@ axes.set(xlabel="loops at evaluation", ylabel="loss (nats)")
 axes.set_title(f"Trained with two loops ({corpus.name})")
 figures.show(
     figure,
-    "The loss of the looped model is lowest at the two loops of its training, nearly the "
-    "same at three, and higher with one loop or with more.",
+    "The loss of the looped model is lowest at the two loops of its training, "
+    "nearly the same at three, and higher with one loop or with more.",
 )
 
 # %%
@@ -1409,7 +1422,7 @@ assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
 
 # %%
 def attention(q, k, v, alpha, beta, S):
-    """Causal attention, called like the rules; the rest of what they get goes unused."""
+    """Causal attention, called like the rules; what else they get goes unused."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True), S
 
 
@@ -1444,7 +1457,7 @@ figures.show(
 
 # %%
 assert per_token["in chunks"][2] < 0.3 * per_token["token by token"][2]
-growth = {name: per_token[name][-1] / per_token[name][1] for name in rules}  # from 512 on
+growth = {name: times[-1] / times[1] for name, times in per_token.items()}  # from 512
 assert growth["attention"] > 1.5 * growth["in chunks"]
 
 # %% [markdown]
@@ -1493,9 +1506,10 @@ axes.set_title("Memory usage: bytes held of one text, two layers")
 axes.legend(fontsize=8)
 figures.show(
     figure,
-    "Bytes of state against tokens read. Without a limit the cache grows in proportion, "
-    "and pooling with top_k a little faster, since it holds blocks besides. What the "
-    "last queries used, pooling without top_k, and the delta rule stay at 16 KiB.",
+    "Bytes of state against tokens read. Without a limit the cache grows in "
+    "proportion, and pooling with top_k a little faster, since it holds blocks "
+    "besides. What the last queries used, pooling without top_k, and the delta rule "
+    "stay at 16 KiB.",
 )
 
 # %%
@@ -1550,7 +1564,9 @@ def buckets_of(model, n_segments=24):
     """Of all that questions read, the share of each age, and how old answers are."""
     stream, parts = tasks.recall(8, 16, seed=10**6), [[] for _ in model.layers]
     hooks = [
-        layer.remember.register_forward_pre_hook(lambda _, given, into=into: into.append(given))
+        layer.remember.register_forward_pre_hook(
+            lambda _, given, into=into: into.append(given)
+        )
         for layer, into in zip(model.layers, parts)
     ]
     memory, asked, ages = None, [], []
@@ -1568,7 +1584,7 @@ def buckets_of(model, n_segments=24):
         bucket = (torch.arange(N)[:, None] - torch.arange(N)).clamp(0) // 16  # (N, N)
         for n in range(12):
             mass[n] += (read * (bucket == n)).sum(dim=-1)[asked].sum().item()
-    answers = (ages[asked] - 1).div(16, rounding_mode="floor").bincount(minlength=12)[:12]
+    answers = ((ages[asked] - 1) // 16).bincount(minlength=12)[:12]
     return mass / mass.sum(), answers / answers.sum()
 
 
@@ -1585,9 +1601,10 @@ panels[0].set_title("What questions read, by age (recall task)")
 panels[-1].set(xlabel="age (tokens)", xticks=range(0, 193, 32))
 figures.show(
     figure,
-    "Bars: the share of what questions read, by age; a line: the ages of the answers. "
-    "The cache of the latest queries and the delta rule read at all ages up to 192, most "
-    "of all the youngest 16 tokens. Pooling reads nothing older than 48.",
+    "Bars: the share of what questions read, by age; a line: the ages of the "
+    "answers. The cache of the latest queries and the delta rule read at all ages "
+    "up to 192, most of all the youngest 16 tokens. Pooling reads nothing older "
+    "than 48.",
 )
 
 # %%

@@ -82,6 +82,11 @@ def test_cells_are_short(nb):
     assert not [i for i, c in enumerate(nb.cells, 1) if len(c.source.splitlines()) > 45]
 
 
+def test_code_is_at_most_88_columns_wide(nb):
+    lines = [line for cell in nb.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > 88]
+
+
 def test_the_pair_as_jupytext_writes_it(path):
     """Once more by the command line, so that the check does not rest on our own code alone."""
     jupytext = [sys.executable, "-X", "utf8", "-m", "jupytext", "--to", "py:percent"]

@@ -97,7 +97,8 @@ exercises.check("5.4", my_ties)
 
 # %%
 MODELS = (
-    "vanilla", "sliding window", "Transformer-XL", "Compressive", "Feedback", "Reformer",
+    "vanilla", "sliding window", "Transformer-XL", "Compressive", "Feedback",
+    "Reformer",
 )  # fmt: skip
 band = bands.load("05_text_scores", "Tiny Shakespeare").values
 for race in ("", ", minutes"):

@@ -127,7 +127,8 @@ for kind, counted in my_bytes(200, 128, 4, 4).items():
             _, memory = model(token, memory)
     assert measure.nbytes(memory) == counted
     rows.append([kind, f"{counted:,}"])
-figures.table("Bytes of memory after 200 tokens, counted and measured", ["kind", "bytes"], rows)
+caption = "Bytes of memory after 200 tokens, counted and measured"
+figures.table(caption, ["kind", "bytes"], rows)
 
 # %% [markdown]
 # Pooled and cache hold about as much, the delta rule a quarter of that: a head's state of 32 by 32 takes the place of 16 keys and 16
