@@ -34,7 +34,7 @@
 # **You need** chapter 0, and sections 2.1 and 3.1 for the two tasks, recall and cups (each is told again in a few
 # words).
 #
-# **Time and memory.** About 5 minutes and 1 GiB on two CPU cores. The last cell prints what it took on your
+# **Time and memory.** About 6 minutes and 1 GiB on two CPU cores. The last cell prints what it took on your
 # machine.
 
 # %% tags=["colab-install"]
