@@ -1369,6 +1369,9 @@ if text_band.seeds:
     for name in MINUTES:
         for race in ("", ", minutes"):
             assert text_band.high(name + race) < chapter_5.low("vanilla" + race)
+    low, high = text_band.low, text_band.high
+    ahead = max(high("window, minutes"), high("pooled, minutes"))
+    assert ahead < min(low("delta rule, minutes"), low("looped window, minutes"))
 
 # %% [markdown]
 # (Dots are this run, strokes five recorded seeds; the lower four rows are chapter 5's.) All are ahead of vanilla,
