@@ -80,6 +80,16 @@ def _legend(axes):
         axes.legend()
 
 
+def legend_below(axes):
+    """One legend for the whole figure, of what is drawn in `axes`, under it."""
+    handles_labels = axes.get_legend_handles_labels()
+    for panel in axes.figure.axes:
+        if panel.get_legend():
+            panel.get_legend().remove()
+    where = dict(loc="outside lower center", ncols=2, fontsize=9)
+    axes.figure.legend(*handles_labels, **where)
+
+
 def band(axes, x, values, label="{} recorded seeds"):
     """A curve of several seeds in grey: values (n, len(x)), and what they span.
 

@@ -810,7 +810,7 @@ recall_band.check(recall, margin=0.15)
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 def recall_figure(names, title, alt):
     """Right answers by age: seeds in grey, this run or the mean of the seeds on top."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    figure, axes = plt.subplots(figsize=(6.4, 4.6))
     for name in names:
         values = {**old_ways, **recall_band.values}[name]
         figures.band(axes, AGES, values, "recorded seeds" if name == names[-1] else "_")
@@ -818,8 +818,7 @@ def recall_figure(names, title, alt):
         label = name if name in recall else f"{name} (mean of the seeds)"
         axes.plot(AGES, run, label=label, **LOOK[name])
     ages_axes(axes, title)
-    where = dict(loc="upper left", bbox_to_anchor=(-0.1, -0.18), ncols=3)
-    axes.legend(fontsize=8, **where)
+    figures.legend_below(axes)
     figures.show(figure, alt)
 
 
@@ -877,7 +876,7 @@ assert pooled[:, 1].min() > 0.85 and pooled[:, 5:].max() < 0.2
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 recall_figure(
     ["window", "looped window", "all queries", "last queries"],
-    "16 slots, four rules",
+    "The same space, four rules",
     "A window answers up to an age of about 32 tokens and guesses beyond 48. The "
     "looped window, with half the slots, reaches less far. A cache of what all "
     "queries so far have used is right half of the time for the youngest answers "
@@ -1006,7 +1005,7 @@ feedback = bands.load("03_tracker_scores", text=None).values["Feedback, 1 layer"
 vanilla = bands.load("03_depth_scores", text=None).values["vanilla, 4"]  # (seeds, 32)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots(figsize=(6.4, 3.8))
+figure, axes = plt.subplots(figsize=(6.4, 4.6))
 to_32 = [n - 1 for n in COUNTS if n <= 32]
 curves = {
     "vanilla, 4 layers": (vanilla[:, to_32], dict(color=figures.BLUE, marker="D")),
@@ -1032,7 +1031,7 @@ axes.set_xscale("log", base=2)
 axes.set_xticks(COUNTS, labels=COUNTS)
 axes.set(xlabel="swaps so far", ylabel="right answers (share)", ylim=(0, 1.05))
 axes.set_title("Where is the ball?")
-axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 0.26))
+figures.legend_below(axes)
 figures.show(
     figure,
     "With strength up to 2 one layer of the delta rule is right up to 32 swaps and "
@@ -1094,8 +1093,8 @@ look |= dict(cmap="Purples", vmin=0, vmax=1)
 figures.matrix(left, derived, title="derived: |u · u|", **look)
 figures.matrix(right, learned[best], title=f"learned: |k · k|, head {best}", **look)
 for axes in (left, right):
-    axes.set_xticks(range(10), labels=names, fontsize=7)
-    axes.set_yticks(range(10), labels=names, fontsize=7)
+    axes.set_xticks(range(10), labels=names, fontsize=8)
+    axes.set_yticks(range(10), labels=names, fontsize=8)
 right.set_ylabel("")
 figures.show(
     figure,
@@ -1206,7 +1205,7 @@ sink_band = bands.load("06_sink_scores", text=None)
 sink_band.check(sinks, margin=0.03)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.4))
+figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.8))
 looks = {
     "everything": ("everything", "black", "o"),
     "window": ("window", "#56B4E9", "v"),
@@ -1223,8 +1222,7 @@ for axes, names in ((left, looks), (right, list(looks)[1:])):
     axes.set(xlabel="tokens read, up to")
 left.set(ylabel="loss (nats)", title="what the cache keeps")
 right.set(xlim=(0.9, 4.1), ylim=(0.66, 0.9), title="the same, closer")
-left.legend(fontsize=8)
-right.get_legend().remove()  # the same colours
+figures.legend_below(left)
 figures.show(
     figure,
     "Up to 64 tokens, the dashed line, all three are equal. Beyond, the loss is far "
@@ -1506,7 +1504,7 @@ axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel="state (KiB)")
 axes.set_xticks(HELD, labels=[f"{n:,}" for n in HELD])
 axes.minorticks_off()
 axes.set_title("Memory usage: bytes held of one text, two layers")
-axes.legend(fontsize=8)
+axes.legend(fontsize=9)
 figures.show(
     figure,
     "Bytes of state against tokens read. Without a limit the cache grows in "
@@ -1598,8 +1596,8 @@ figure, panels = plt.subplots(3, 1, figsize=(6.4, 5.4), sharex=True)
 for axes, (name, (mass, answers)) in zip(panels, shares.items()):
     axes.bar(AGES, mass, width=13, color=LOOK[name]["color"], label=f"read: {name}")
     axes.plot(AGES, answers, "o-", color="black", markersize=4, label="the answers")
-    axes.set(ylabel="share", ylim=(0, 0.75))
-    axes.legend(fontsize=8)
+    axes.set(ylabel="share", ylim=(0, 0.8))
+    axes.legend(fontsize=9)
 panels[0].set_title("What questions read, by age (recall task)")
 panels[-1].set(xlabel="age (tokens)", xticks=range(0, 193, 32))
 figures.show(

@@ -178,3 +178,14 @@ def test_the_four_answers_show_who_reads_what():
     assert len(reformer.lines) < 2 * 12 * 13 / 2  # far from all pairs
     assert [axes.get_title()[0] for axes in figure.axes] == list("01234")
     plt.close(figure)
+
+
+def test_a_legend_below_is_the_only_one():
+    figure, (left, right) = plt.subplots(1, 2)
+    for axes in (left, right):
+        axes.plot([1, 2], label="a")
+        figures.band(axes, [0, 1], [[1, 2], [1, 3]])
+    figures.legend_below(left)
+    assert not left.get_legend() and not right.get_legend() and len(figure.legends) == 1
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"a", "2 recorded seeds"}
+    plt.close(figure)
