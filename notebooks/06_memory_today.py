@@ -172,10 +172,11 @@ for values in old_ways.values():
     assert values[:, 0].min() > 0.7 and values[:, -1].max() < 0.25
 
 # %% [markdown]
-# Both answer until they run out of slots, a *slot* being the place of one stored state. Then the answer is gone,
-# though only four values ever need to be known at a time. Whatever is read takes a slot, important or not, and
-# loses it with age. There are two ways out: *choose* what gets a slot, or how much of one (sections 6.3 and 6.4),
-# or do without slots (6.5).
+# Both answer until they run out of slots, a *slot* being the place of one stored state: with 32 in each of two
+# layers, up to about `32 * 2` tokens, or `(16 + 4 * 16) * 2` where half of them hold four tokens each. Then the
+# answer is gone, though only four values ever need to be known at a time. Whatever is read takes a slot, important
+# or not, and loses it with age. There are two ways out: *choose* what slots hold (sections 6.3 and 6.4), or do
+# without them (6.5).
 #
 # Today's memories keep keys and values, as the cache of chapter 0 does, and not states, as in chapters 1 and 2. A
 # slot then takes twice the space, but nothing is computed twice. Each memory is a module. It gets the states `x`
@@ -353,7 +354,8 @@ print("token by token, by 7 and by 16: the same as in one window")
 #
 # The Compressive Transformer pressed `c` old states into one by a function with a loss of its own, because the
 # gradient of the language loss did not reach it (chapter 2). Native Sparse Attention (2025) and DeepSeek-V4 (2026)
-# compress too, with two changes. First, the pooling is a weighted mean whose weights, the **gate**, are learned:
+# compress too, with two changes. First, the function: here, as in DeepSeek-V4, it is a weighted mean whose weights,
+# the **gate**, are learned:
 #
 # $$
 # \tilde k = \sum_{i=1}^{c} g_i\, k_i , \quad \tilde v = \sum_{i=1}^{c} g_i\, v_i , \qquad
@@ -412,10 +414,10 @@ assert once.max() == 1 and torch.equal(seen[:22], torch.ones(24, 24).tril().bool
 # Each earlier token is in view exactly once, by itself or in a block, until there are more than `compressed_len`
 # blocks.
 #
-# Slots also help to *find* what to read. Each query scores all slots first, and then reads the `top_k` best blocks
-# token by token as well. (Chapter 4's hashing found similar keys by chance; here a mean of keys stands for its
-# block, and the score itself chooses.) All tokens must be kept for that: it saves reading, not space. (Ours, which
-# reads all and masks, saves neither.)
+# If `top_k` is set, slots also help to *find* what to read: each query scores all slots first, and then reads the
+# `top_k` best blocks token by token as well. (Chapter 4's hashing found similar keys by chance; here a mean of keys
+# stands for its block, and the score itself chooses.) All tokens must be kept for that: it saves reading, not
+# space. (Ours, which masks, saves neither.)
 
 # %% tags=["from-module"]
 def closer(scores, blocks, n_tokens, top_k, c):
@@ -473,9 +475,9 @@ class Pooled(nn.Module):
         return heads, (slot_k[:, old:], slot_v[:, old:], k[:, gone:], v[:, gone:])
 
 # %% [markdown]
-# Most of `forward` is bookkeeping: which blocks leave the window now, where tokens and blocks stand (a block:
-# where its last token stood), what is dropped at the end. Two checks: any segmentation gives the same, and the
-# gate gets a gradient from what is read.
+# Most of `forward` is bookkeeping: which blocks leave the window now, where tokens and blocks stand (a block: where
+# its last token stood), what is dropped at the end. Places count from the first token in no slot yet, so blocks in
+# memory stand below 0. Two checks: any segmentation gives the same, and the gate gets a gradient from what is read.
 
 # %%
 for top_k in (None, 2):
@@ -493,10 +495,10 @@ for top_k in (None, 2):
 # %% [markdown]
 # ## 6.5 A state that is corrected
 #
-# Now without slots. **Linear attention** (Katharopoulos et al., 2020) leaves out the softmax. What a query reads
-# is then $\sum_i v_i\,(k_i^\top q) = S q$, where a single matrix of `d_head` times `d_head` numbers stands for the
-# whole past, $S = \sum_i v_i k_i^\top$. Each token adds to it, and it never grows. Store the value 5 for key $b$,
-# and then 2:
+# Now without slots. **Linear attention** (Katharopoulos et al., 2020) leaves out the softmax. What a query reads is
+# then $\sum_i v_i\,(k_i^\top q) = S q$, where a single matrix of `d_head` times `d_head` numbers stands for the
+# whole past, $S = \sum_i v_i k_i^\top$. Each token is added to it, and its size stays. Store the value 5 for key
+# $b$, and then 2:
 
 # %%
 b, five, two = torch.eye(4)[1], 5.0, 2.0  # a key of length 1; values are numbers
@@ -634,9 +636,10 @@ print(f"in chunks it is {slow / fast:.0f} times as fast")
 assert slow > 3 * fast
 
 # %% [markdown]
-# The module brings keys and queries to length 1, and learns to compute $\alpha$ and $\beta$ from the state of each
-# token. `strength` is the most that $\beta$ can be: 1, or up to 2, as section 6.8 will need. The module needs no
-# positions: the state depends on the order of the writes.
+# The module brings keys and queries to length 1, and learns to compute $\alpha$ and $\beta$ from the hidden state
+# `x` of each token. `strength` is the most that $\beta$ can be: 1, or up to 2, as section 6.8 will need. A layer
+# norm follows, since no softmax bounds what is read. Positions are not needed: $S$ depends on the order of the
+# writes.
 
 # %% tags=["from-module"]
 class Delta(nn.Module):
@@ -857,9 +860,9 @@ figures.table(
 # - **The delta rule** does not forget. It has no slots that could run out: the four keys of the task are four
 #   directions in a state of 32, and a new value replaces the old one in place. (With more keys than dimensions
 #   they would begin to collide.)
-# - **What the latest queries used** does not fall to guessing at any age: a value that is asked for again and
-#   again stays. Young answers pay the price: 12 of the 16 slots go to what was used, and a new value not asked for
-#   in its own segment of 16 may be gone in the next.
+# - **What the latest queries used** does not fall to guessing at any age, since values often asked for stay. Young
+#   answers pay the price: 12 of the 16 slots go to what was used, and a new value not asked for in its own segment
+#   of 16 may be gone in the next.
 # - **Pooling** is good at young answers, then falls, and its reach ends where its slots do: after
 #   `(8 + 4 * 8) * 2` tokens, through two layers. In the same bytes chapter 2's model has twice as many slots,
 #   since it keeps states and not keys and values.
@@ -885,9 +888,9 @@ recall_figure(
 )
 
 # %% [markdown]
-# A window reaches a few times its length. Looping does not help here: each loop needs space for its memory. *All*
-# queries and the *latest* differ in one number, `decay`. Why does that matter so much? A sum over all queries only
-# grows. So take the model trained with 0, change the number afterwards, and see how long slots stay:
+# A window reaches a few times its length. Looping does not help in the same space. *All* queries and the *latest*
+# differ in one number, `decay`. Why does that matter so much? A sum over all queries only grows. So take the model
+# trained with 0, change the number afterwards, and see how long slots stay:
 
 # %%
 @torch.no_grad()
@@ -1123,7 +1126,7 @@ assert beta[best].min() > 1.9 and off[best] < 0.05
 # %% [markdown]
 # ## 6.9 Past the window, with and without a sink
 #
-# One more small, made-up experiment shows a sink at work. Texts made of 32 symbols follow a fixed table of
+# A small, made-up experiment shows a sink at work. Texts in an alphabet of 32 symbols follow a fixed table of
 # chances, which the feed-forward layer can learn by itself. But after any of four symbols, the *triggers*, the
 # symbol before the trigger comes once more, so at a trigger the head must look one token back. At all other tokens
 # it has nothing to do. Each text begins with a start token.
@@ -1192,8 +1195,8 @@ print(f"but {on_start[trigger].mean():.2f} at triggers, where the head has work 
 assert on_start[~trigger].mean() > 5 * on_start[trigger].mean()
 
 # %% [markdown]
-# When the head has no work, it rests much of its weight on the start token. That is the sink: many times the 1/64
-# or so that even attention would give. Now read far past the 64 tokens of training, with a window of 64 (63 slots
+# When the head has no work, it rests much of its weight on the start token. That is the sink: many times the 1/17
+# to 1/64 that even attention would give. Now read far past the 64 tokens of training, with a window of 64 (63 slots
 # and the token itself) that drops the start token, one that keeps it, and a cache that keeps everything:
 
 # %%
@@ -1248,17 +1251,16 @@ assert lost["window"].min() > 0 and lost["window"].mean() > 0.02
 assert lost["everything"].min() > 0.1
 
 # %% [markdown]
-# (The high start and the bump at 128, shared by all three, come from the texts: some stretches are harder to
-# predict.) One slot makes the difference, the one for the start token, in every seed, though in one of them by
-# next to nothing. Without it, presumably, the head has nowhere to rest and mixes in symbols that do not belong
-# there. To keep everything is worse still: the model then meets distances of more than 64, as it never did in
-# training and never does with 63 slots, whose places are counted afresh at each reading.
+# (The high start and the bump at 128, shared by all three, come from the texts: these start with any symbol and
+# settle on predictable ones by and by; the bump is chance.) The one slot for the start token makes the difference,
+# in every seed, though in one by next to nothing. Without it, presumably, the head has nowhere to rest and mixes in
+# symbols that do not belong there. To keep everything is worse still: the model then meets distances of more than
+# 64, as it never did in training and never does with 63 slots, counted afresh at each reading.
 #
-# In large models many heads rest on the first tokens, and without them the loss explodes (Xiao et al., 2023). Here
-# it merely rises: a single head can do little harm.
+# In large models the loss explodes without the first tokens (Xiao et al., 2023). Here it merely rises: a single
+# head can do little harm.
 #
-# The text can be as long as you like. Here a window with a sink reads 20,000 tokens; its loss and its bytes on the
-# way:
+# Now a window with a sink reads 20,000 tokens; its loss and its bytes on the way:
 
 # %%
 @torch.inference_mode()
@@ -1290,14 +1292,14 @@ halves = [sum(part) / 5 for part in (losses[:5], losses[5:])]
 assert abs(halves[0] - halves[1]) < 0.05 and len(set(space)) == 1
 
 # %% [markdown]
-# The state does not grow, and the loss goes up and down with the texts but does not rise. Such a cache is for
-# endless streams, but remembers no more than its window.
+# The state does not grow, nor does the loss, which goes up and down with the texts. Such a cache is for endless
+# streams, but remembers no more than its window.
 
 # %% [markdown]
 # ## 6.10 On text, and what it costs
 #
 # Tiny Shakespeare again, with the sizes, the characters and the validation text of chapter 5, so that the numbers
-# compare. All five have equally many parameters, to within one percent. First at equal tokens, then at equal
+# compare. The five below have equally many parameters, to within one percent. First at equal tokens, then at equal
 # minutes: as long as chapter 5's vanilla needs for 300 steps, by ratios measured once.
 
 # %% tags=["band"]
@@ -1372,9 +1374,9 @@ if text_band.seeds:
     assert ahead < min(low("delta rule, minutes"), low("looped window, minutes"))
 
 # %% [markdown]
-# (Dots are this run, strokes five recorded seeds; the lower four rows are chapter 5's.) All are ahead of vanilla,
-# and at equal tokens they lie close together. At equal minutes the delta rule and the looped window fall behind
-# the window and pooling, since they get fewer steps. As in chapter 5, this text asks for a dozen or two
+# (Dots are this run, strokes five recorded seeds; the lower four rows are chapter 5's.) All five are ahead of
+# vanilla, and at equal tokens they lie close together. At equal minutes the delta rule and the looped window fall
+# behind the window and pooling, since they get fewer steps. As in chapter 5, this text asks for a dozen or two
 # characters, and each of these memories has those. To tell them apart takes the recall task, or a much longer text
 # and a larger model. A sample from the delta rule:
 
@@ -1386,8 +1388,7 @@ print(corpus.vocab.decode(sample))
 # %% [markdown]
 # ### More loops than in training
 #
-# The looped model has the parameters of the window, and ran its two layers twice. Does it know what to do with one
-# loop, or with more?
+# The looped model ran its two layers twice. Does it know what to do with one loop, or with more?
 
 # %%
 by_loops = {}
@@ -1418,8 +1419,8 @@ assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
 #
 # ### Time
 #
-# How long does a token take in training as the text gets longer? Attention has to compare it with all earlier
-# tokens; a recurrence does not. Here are PyTorch's attention and the delta rule, token by token and in chunks:
+# How long does a token take in training as the text gets longer? Here are PyTorch's attention and the delta rule,
+# token by token and in chunks:
 
 # %%
 def attention(q, k, v, alpha, beta, S):
@@ -1462,16 +1463,16 @@ growth = {name: times[-1] / times[1] for name, times in per_token.items()}  # fr
 assert growth["attention"] > 1.5 * growth["in chunks"]
 
 # %% [markdown]
-# For short texts PyTorch's attention, one fused call, is far ahead. But the longer the text, the dearer its
-# tokens, while the rule does the same arithmetic for each token at any length. (Why its line rises in the end all
-# the same, we did not look into.) Where the two meet, here at a few thousand tokens, depends on the machine and on
-# the code: on a GPU people write kernels for both.
+# For short texts PyTorch's attention, one fused call, is far ahead. But a token is compared with all before it, and
+# so gets dearer with length, while the rule does the same arithmetic for each. (Why its line rises all the same, we
+# did not look into.) Where the two meet, here after thousands of tokens, depends on machine and code: on a GPU
+# people write kernels for both.
 
 # %% [markdown]
 # ### Space
 #
-# And what must be held of a text between two calls? Here are the models of the recall task, which stop growing; a
-# cache without a limit; and pooling with `top_k`, which keeps its tokens and the blocks besides:
+# What must be held of a text between two calls? Here are the models of the recall task, which stop growing; a cache
+# without a limit; and pooling with `top_k`, which keeps its tokens and the blocks besides:
 
 # %%
 @torch.no_grad()
@@ -1523,10 +1524,11 @@ assert held["pooled, top_k"][-1] > held["every key and value"][-1]
 # ### What is read, by age
 #
 # The attention of a trained model says where it looks. But a slot of pooled tokens has no single age, and a state
-# has no attention at all. One trick works for all three, since what a head reads is *linear* in the values.
-# Replace the value of token $i$ by the $i$-th of `N` unit vectors, one a token, and leave all else as it was: then
-# the head reads a list of how much of each value is in it. For a cache this is the attention, for pooled tokens
-# attention times gate, and for the delta rule it is what is left of each value that was written, with its sign.
+# has no attention at all. One trick works for all three, since what a head reads is *linear* in the values. Replace
+# the value of token $i$ by the $i$-th of `N` unit vectors, one a token, and leave all else as it was: then the head
+# reads a list of how much of each value is in it. For a cache this is the attention, for pooled tokens attention
+# times gate, and for the delta rule it is what is left of each value that was written. (It can be negative; the
+# figure takes absolute values, over heads and layers.)
 
 # %%
 @torch.no_grad()
@@ -1627,7 +1629,7 @@ assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 # ## 6.11 Departures from the papers
 #
 # - **Caches that choose** began as tricks for models that are already trained. Ours are trained with their rule.
-#   SnapKV chooses once, at the end of a prompt, and lets neighbours vote together; H2O evicts with each token.
+#   SnapKV chooses once, at the end of a prompt, and pools what neighbouring slots got; H2O evicts with each token.
 #   Ours choose after each segment.
 # - **Pooling**: Native Sparse Attention has overlapping blocks, turns a block into a slot by a small network, and
 #   mixes its three branches (blocks, chosen tokens, window) by gates of their own. Its `top_k` saves time, by
@@ -1635,15 +1637,14 @@ assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 # - **Delta rule**: Gated DeltaNet has short convolutions on queries, keys and values, nonlinearities, a gate at
 #   the output, and RMSNorm where we have a layer norm. It is often mixed with layers of attention.
 # - **Looped depth**: Huginn has layers of its own before and after the loop.
-# - All of it is small. What such models do with made-up streams shows how a memory works. It does not rank the
-#   models that you read about.
+# - All of it is small. Made-up streams show how a memory works; they do not rank the models that you read about.
 
 # %% [markdown]
 # ## 6.12 What became of it: a family tree
 #
-# Where did the four ideas go? In the picture, a work stands at the year in which it was first public, or a little
-# later than the one it grew from. A ring in another colour: it owes something to that family too. Which idea a
-# work goes back to is our reading, not always its authors'.
+# In the picture, a work stands at the year in which it was first public, or a little later than the one it grew
+# from. A ring in another colour: it owes something to that family too. Which idea a work goes back to is our
+# reading, not always its authors'.
 #
 # The fifth family has no chapter of its own. It begins with linear attention (section 6.5).
 
@@ -1835,8 +1836,8 @@ figures.show(
 #   that such a recurrence cannot solve it with positive eigenvalues alone.
 # - [Gated DeltaNet](https://arxiv.org/abs/2412.06464) (2024) joins the delta rule, which replaces one entry,
 #   with a gate that lets the whole state fade.
-# - [Titans](https://arxiv.org/abs/2501.00663) (2025) have attention as a short-term memory and, beside it, a
-#   network that goes on learning while it reads as a long-term one.
+# - [Titans](https://arxiv.org/abs/2501.00663) (2025) have attention as short-term memory, and as long-term memory a
+#   network that goes on learning while it reads.
 # - [RWKV-7](https://arxiv.org/abs/2503.14456) (2025) generalises the delta rule in a recurrent model whose
 #   memory and time a token stay constant.
 # - [Log-linear attention](https://arxiv.org/abs/2506.04761) (2025) keeps a set of states instead of one, and
@@ -1873,8 +1874,8 @@ exercises.check("6.1", my_slots)
 # </details>
 #
 # **6.2 Without a place** *(fill in; easy; 15 minutes)* A query and a key are turned by their places, as in section
-# 6.2, and multiplied (without the scale of `scores_of`). Compute the same product from their distance `n` alone,
-# turning neither by its place. The two parts of a pair are number `i` and number `i + half`.
+# 6.2, and multiplied (without the scale of `scores_of`). Compute the same product from their distance `n` alone.
+# The two parts of a pair are number `i` and number `i + half`.
 
 # %% tags=["exercise"]
 def my_product(q, k, n):
