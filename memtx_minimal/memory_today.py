@@ -230,7 +230,7 @@ class MemoryToday(nn.Module):
     """A language model whose layers remember in one of the ways of KINDS.
 
     tokens (B, T) int64, memory -> logits (B, T, vocab_size), memory: the kind's, for
-    each layer of each loop, detached. The layers run n_loops times. Settings go to it.
+    each layer of each of the n_loops loops, detached. settings go to the kind's class.
     """
 
     KINDS = {"cache": Cache, "pooled": Pooled, "delta": Delta}
