@@ -112,6 +112,28 @@ def test_bars_over_the_text_are_the_attention_weights(opened, reads, name, size)
         check(explorer, reads[other], other, t, layer=2, head=None)
 
 
+def test_it_works_in_a_sandboxed_frame_as_in_colab(page, reads, monkeypatch):
+    bundles = []
+    monkeypatch.setattr(figures, "display", lambda bundle, **_: bundles.append(bundle))
+    figures.explorer({"Feedback": reads["Feedback"]}, VOCAB, at=9)
+    page.set_content("<!doctype html><title>Outputs</title><iframe width=700 height=900>")
+    page.locator("iframe").evaluate(
+        """(frame, body) => {
+          frame.sandbox = "allow-scripts";  // an origin of its own, no storage, no parent
+          frame.srcdoc = "<!doctype html><body>" + body;
+        }""",
+        bundles[0]["text/html"],
+    )
+    frame = page.frame_locator("iframe")
+    frame.locator(".memtx-explorer.started").wait_for()
+    here, one = frame.locator("[data-t='13']"), reads["Feedback"]
+    here.hover()
+    assert "here" in here.get_attribute("class")
+    shares = due(one, 13, 2, None)
+    bars = frame.locator("[role=option]:has(i)")
+    assert bars.count() == sum(share is not None for share in shares) > 0
+
+
 def test_all_layers_together_are_their_mean(opened, reads):
     explorer = opened()
     panel(explorer, "Transformer-XL").get_by_label("layer of").select_option("all")
