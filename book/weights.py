@@ -142,6 +142,12 @@ def command(name):
     return f"python -m memtx_minimal.pretrain {name} {out} {OPTIONS[name]} {ALWAYS}"
 
 
+def broken(line):
+    """The same command with an option on each line: a browser would break it at a
+    hyphen."""
+    return line.replace(" --", " \\\n    --")
+
+
 def facts(name):
     """The JSON of a model, and what follows from it."""
     info, tensors = checkpoints.read(checkpoints.WEIGHTS / name)
@@ -167,7 +173,7 @@ def card(name, info):
 ## {TITLES[name]}
 
 ```sh
-{command(name)}
+{broken(command(name))}
 ```
 
 - **Data**: {corpus["name"]}, {parts["train"]:,} characters to train on, \

@@ -13,7 +13,7 @@
 # ---
 
 # %% [markdown]
-# # B. Appendix: what makes hashed attention fast
+# # B. What makes hashed attention fast
 
 # %% [markdown] tags=["badges"]
 # No links to Colab and Kaggle here: the project has no public address yet.

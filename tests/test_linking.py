@@ -1,5 +1,6 @@
 """What the book links by itself, and the bibliography: every cited work and no other."""
 
+import re
 import sys
 
 import pytest
@@ -31,6 +32,11 @@ def test_each_work_has_what_its_entry_says():
         assert linking.WORK.fullmatch(entry.fields["url"]), key
         assert key.startswith(entry.persons["author"][0].last_names[0].replace("-", "").lower())
         assert year in key and entry.fields["title"] and names
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    terms = [term.lower() for term in re.findall(r"^(\S.*)\n  ", GLOSSARY, re.MULTILINE)]
+    assert len(terms) > 30 and terms == sorted(terms)
 
 
 def test_a_citation_is_found_by_key_and_by_address():

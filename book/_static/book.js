@@ -17,6 +17,30 @@ function addPlayer(figure) {
   figure.append(button);
 }
 
+// Each line of code in a box of its own, which knows how far in it begins.
+function setLines(pre) {
+  const lines = pre.innerHTML.replace(/\n$/, "").split("\n");
+  const count = (line, tag) => line.split(tag).length;
+  if (lines.some((line) => count(line, "<span") !== count(line, "</span>"))) return;
+  pre.replaceChildren(...lines.map((html) => {
+    const line = document.createElement("span");
+    line.className = "line";
+    line.innerHTML = `${html}\n`;
+    const blank = line.textContent.match(/^ */)[0].length;
+    line.style.setProperty("--in", `${blank}ch`);
+    const walk = document.createTreeWalker(line, NodeFilter.SHOW_TEXT);
+    if (blank && walk.nextNode().length >= blank) {
+      walk.currentNode.splitText(blank);
+      const box = document.createElement("span");
+      box.className = "blank";
+      walk.currentNode.replaceWith(box);
+      box.append(walk.currentNode);
+    }
+    return line;
+  }));
+  pre.classList.add("lines");
+}
+
 // A link into something folded unfolds it.
 function unfold() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
@@ -37,6 +61,7 @@ function reach() {
 
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("figure.player").forEach(addPlayer);
+  document.querySelectorAll(".bd-article .highlight pre").forEach(setLines);
   window.addEventListener("hashchange", unfold);
   const watch = new ResizeObserver(reach);
   document.querySelectorAll(`article, ${SCROLLS}`).forEach((box) => watch.observe(box));
