@@ -131,6 +131,7 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}", colors=None):
         axes.annotate(
             number.format(value), (value, row), xytext=(0, 11),
             textcoords="offset points", ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
     axes.set_yticks(range(len(values)), labels=list(values))
     axes.set_ylim(len(values) - 0.5, -0.7)  # the first label on top
@@ -218,13 +219,13 @@ def rows(text, rows):
     character of the text, and, if not None, the length of chunks: gaps between them,
     and arrows from each chunk to the one before.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 0.6 + 0.75 * len(rows)))
+    figure, axes = plt.subplots(figsize=(5.4, 0.6 + 0.8 * len(rows)))
     for y, (title, order, colours, c) in enumerate(reversed(rows)):
-        axes.text(-0.4, y + 0.42, title, fontsize=8)
+        axes.text(-0.4, y + 0.42, title)
         for place, i in enumerate(order):
             x = place + (0.7 * (place // c) if c else 0)
-            axes.scatter(x, y, marker="s", s=170, color=colours[i])
-            look = dict(ha="center", va="center", color="white", fontsize=9)
+            axes.scatter(x, y, marker="s", s=270, color=colours[i])
+            look = dict(ha="center", va="center", color="white", fontsize=13)
             axes.text(x, y, text[i], **look)
         for n in range(1, len(text) // c if c else 0):
             here, look = n * (c + 0.7) + (c - 1) / 2, dict(arrowstyle="->", color="black")

@@ -489,10 +489,11 @@ for distance in (0, 1, 8):
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(1, 2, figsize=(6.8, 3.2))
-figures.matrix(
+image = figures.matrix(
     axes[0], U.T, xlabel="position (tokens)", ylabel="dimension",
-    title="sines, then cosines: yellow 1, blue -1",
+    title="sines, then cosines",
 )  # fmt: skip
+figure.colorbar(image, ax=axes[0])
 image = figures.matrix(
     axes[1], alike, xlabel="position (tokens)", ylabel="position (tokens)",
     title="dot products",

@@ -455,8 +455,10 @@ def with_cuts(numbers, length):
 
 
 end_to_end = by_distance.flatten().tolist()
-print(f"rows of {K_ + 1}:       ", with_cuts(end_to_end, K_ + 1))
-print(f"without {T_}, of {K_}:", " " * 5, with_cuts(end_to_end[T_:], K_))
+print(f"in rows of {K_ + 1}:")
+print(with_cuts(end_to_end, K_ + 1))
+print(f"without the first {T_}, in rows of {K_}:")
+print(" " * 2 * T_ + with_cuts(end_to_end[T_:], K_))
 
 # %% [markdown]
 # The new rows, one below the other, are the table of distances from above, up to the zero in each row. To the

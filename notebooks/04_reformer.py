@@ -239,7 +239,7 @@ regions = hash_vectors(circle, n_buckets=6, n_rounds=2, seed=SEED)[:, 0, 0]
 generator = torch.Generator().manual_seed(SEED)  # as in hash_vectors
 directions = torch.randn(3, 2, 2, generator=generator)  # (b / 2, P, d_head)
 
-figure, both = plt.subplots(1, 2, figsize=(6.8, 3.5))
+figure, both = plt.subplots(1, 2, figsize=(6.8, 3.6))
 for r, axes in enumerate(both):
     axes.scatter(*circle[0, 0].T, c=[COLOURS[n] for n in regions[r].tolist()], s=9)
     for n, way in enumerate([*directions[:, r], *-directions[:, r]]):
@@ -247,9 +247,9 @@ for r, axes in enumerate(both):
         look = dict(arrowstyle="->", color=COLOURS[n])
         axes.annotate("", tip, (0, 0), arrowprops=look)
     for i, letter in enumerate(TEXT):
-        at = (1.13 + 0.09 * (i % 3)) * k[0, 0, i]
-        axes.text(*at, letter, ha="center", va="center", fontsize=9)
-    axes.set(xlim=(-1.45, 1.45), ylim=(-1.45, 1.45), aspect="equal")
+        at = (1.16 + 0.17 * (i % 3)) * k[0, 0, i]
+        axes.text(*at, letter, ha="center", va="center", fontsize=13)
+    axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
     axes.set_title(f"round {r + 1}")
     axes.axis("off")
 figures.show(
@@ -362,18 +362,18 @@ rows = {"": torch.arange(12), ", sorted": order[0, 0, 0]}
 
 def named(axes, across, down):
     """Letters for ticks: of the keys across, of the queries down."""
-    axes.set_xticks(range(len(across)), labels=across, fontsize=7)
-    axes.set_yticks(range(len(down)), labels=down, fontsize=7)
+    axes.set_xticks(range(len(across)), labels=across)
+    axes.set_yticks(range(len(down)), labels=down)
 
 
-figure, axes = plt.subplots(2, 3, figsize=(7.2, 5.2))
-for row, (which, at) in zip(axes, rows.items()):
+figure, axes = plt.subplots(3, 2, figsize=(5.4, 8.4))
+for column, (which, at) in zip(axes.T, rows.items()):
     letters = [TEXT[i] for i in at]
-    for ax, (title, mask) in zip(row, steps.items()):
-        look = dict(cmap="Blues", vmax=1.5, xlabel="key" + which, ylabel="")
-        figures.matrix(ax, mask[at][:, at], title="" if which else title, **look)
+    for ax, (title, mask) in zip(column, steps.items()):
+        look = dict(cmap="Blues", vmax=1.5, xlabel="key" + which)
+        title, look["ylabel"] = "" if which else title, "query" + which
+        figures.matrix(ax, mask[at][:, at], title=title, **look)
         named(ax, letters, letters)
-    row[0].set_ylabel("query" + which)
 figures.show(
     figure,
     "Allowed pairs are scattered in the order of the text; in sorted order they are "
@@ -382,8 +382,8 @@ figures.show(
 )
 
 # %% [markdown]
-# Blue pairs are allowed. In the order of the text (above) they are scattered; sorted (below) they lie along the diagonal, and that is what
-# makes them cheap. Note the last column: when tokens of a bucket are sorted by position, "not the future" is a triangle.
+# Blue pairs are allowed. In the order of the text (left) they are scattered; sorted (right) they lie along the diagonal, and that is what
+# makes them cheap. Note the last row: when tokens of a bucket are sorted by position, "not the future" is a triangle.
 #
 # One more rule. A query is always nearest to its own key, and would look at little else. So $-10^5$ is added to the score of $i = j$: a
 # token looks at itself only if nothing else is there.
@@ -548,23 +548,22 @@ def round_mask(r, q, buckets, order, chunk, settings):
     return mask.masked_fill_(i == j, SELF).masked_fill_((j > i) | ~mine, -math.inf)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots(2, 3, figsize=(7.4, 4.4))
+figure, axes = plt.subplots(3, 2, figsize=(5.4, 6.2))
 colours = ["#eeeeee", "#cfe3f3", figures.BLUE, figures.ORANGE]
 cmap = plt.matplotlib.colors.ListedColormap(colours)
-for r, row in enumerate(axes):
+for r, column in enumerate(axes.T):
     mask = round_mask(r, q, buckets, order, chunk, settings)[0, 0]  # (G, w, 2w)
     letters = ["–"] * w + [TEXT[i] for i in order[r, 0, 0]]
-    for n, (ax, m) in enumerate(zip(row, mask)):
+    for n, (ax, m) in enumerate(zip(column, mask)):
         kind = torch.where(m == 0, 2, torch.where(m < SELF, 0, 3))
         kind = torch.where(m == SELF, 1, kind)
-        look = dict(cmap=cmap, vmin=0, vmax=3, ylabel="")
-        figures.matrix(ax, kind, title=f"chunk {n}", **look)
+        look = dict(cmap=cmap, vmin=0, vmax=3)
+        figures.matrix(ax, kind, title=f"round {r + 1}, chunk {n}", **look)
         across = letters[n * w : (n + 2) * w]
         named(ax, across, across[w:])
-    row[0].set_ylabel(f"round {r + 1}, query")
 patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
 names = ["hidden", "yourself", "found once", "found twice"]
-figure.legend(patches, names, loc="outside upper center", ncols=4)
+figure.legend(patches, names, loc="outside upper center", ncols=2)
 figures.show(
     figure,
     "Most pairs are hidden, and nothing lies before the first chunk; many pairs that "
@@ -662,8 +661,11 @@ ways = {"the paper": {}, "without N": dict(count_once=False)}
 ways["later code"] = dict(count_once=False, same_bucket=False)
 ways["any bucket"] = dict(same_bucket=False)
 errors = {way: [error(n, **switches) for n in rounds] for way, switches in ways.items()}
-for way, values in errors.items():
-    print(f"{way:10}", "  ".join(f"{n}: {e:.2f}" for n, e in zip(rounds, values)))
+figures.table(
+    "Relative error of the output, by hash rounds",
+    ["", *rounds],
+    [[way, *(f"{e:.2f}" for e in values)] for way, values in errors.items()],
+)
 assert errors["the paper"][-1] < 0.7 * errors["later code"][-1]
 assert errors["any bucket"][-1] < errors["the paper"][-1]
 
@@ -1386,9 +1388,11 @@ def attention_time(T, n_rounds):
 
 times = {CALLED[n]: [attention_time(T, n) for T in lengths] for n in (0, 1, 2, 4)}
 times["fused"] = times.pop("exact")
-for label, ts in times.items():
-    row = "  ".join(f"{T:,}: {1e3 * t:4.0f} ms" for T, t in zip(lengths, ts))
-    print(f"{label:9}", row)
+figures.table(
+    "Milliseconds for 8,192 tokens, in texts of this length",
+    ["", *(f"{T:,}" for T in lengths)],
+    [[label, *(f"{1e3 * t:.0f}" for t in ts)] for label, ts in times.items()],
+)
 assert times["fused"][-1] > 2 * times["fused"][0]
 assert times["1 round"][-1] < 5 * times["1 round"][0]
 
@@ -1446,9 +1450,11 @@ depths, by_depth = [1, 2, 4, 8, 12], {}
 for name, kw in KEEPING.items():
     by_depth[name] = [kept(reformer_of(1024, n, **kw), text_of(1024)) for n in depths]
 by_depth["vanilla"] = [kept(vanilla_of(1024, n), text_of(1024)) for n in depths]
-print("layers              ", *(f"{n:8}" for n in depths))
-for label, values in by_depth.items():
-    print(f"{label:20}", *(f"{value:8.2f}" for value in values), "MiB")
+figures.table(
+    "MiB kept for the backward pass, by layers",
+    ["", *depths],
+    [[label, *(f"{x:.2f}" for x in values)] for label, values in by_depth.items()],
+)
 growth = by_depth["reversible, hashed"][-1] / by_depth["reversible, hashed"][0]
 print(f"reversible and hashed, 12 layers against 1: {growth:.3f} times")
 assert growth < 1.1 and by_depth["kept, hashed"][-1] > 8 * by_depth["kept, hashed"][0]
@@ -1591,7 +1597,7 @@ figures.show(
 # One round can find only a part of the attention, though more than a blind choice of as many keys would. That is why rounds are added up.
 #
 # Look for yourself, in the model trained for longer. Point at a character, or step to one with the arrow keys: what is underlined its
-# rounds may find, and the bars say how much of it is read. (`bucket 100%`: all that it reads, a round has found.)
+# rounds may find, and the bars say how much of it is read. (`same bucket`, 100 %: all that it reads, a round has found.)
 
 # %%
 seen = measure.reads(trained, text[:256])

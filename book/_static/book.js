@@ -62,6 +62,9 @@ function reach() {
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("figure.player").forEach(addPlayer);
   document.querySelectorAll(".bd-article .highlight pre").forEach(setLines);
+  for (const code of document.querySelectorAll(".bd-article :not(pre) > code")) {
+    code.classList.toggle("short", code.textContent.length <= 16);
+  }
   window.addEventListener("hashchange", unfold);
   const watch = new ResizeObserver(reach);
   document.querySelectorAll(`article, ${SCROLLS}`).forEach((box) => watch.observe(box));
