@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, Image, display
+from matplotlib import ticker
 from PIL import Image as Picture
 
 STYLE = Path(__file__).with_name("memtx.mplstyle")
@@ -78,6 +79,13 @@ def _legend(axes):
     """Name what is drawn, if it is more than one thing."""
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend()
+
+
+def plain_ticks(axis):
+    """A logarithmic axis, such as axes.yaxis, with plain numbers at 1, 2 and 5."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda x, _: f"{x:,g}")
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def legend_below(axes):

@@ -987,6 +987,7 @@ for k, (ax, (label, unit)) in enumerate(zip(axes, labels)):
     )
     ax.set_xticks(lengths, labels=lengths)
     ax.minorticks_off()
+    figures.plain_ticks(ax.yaxis)
 axes[0].legend()
 figures.show(
     figure,
@@ -998,7 +999,7 @@ figures.table(
     "One forward and backward pass, 2 layers, batch 16",
     ["model", *(f"T = {n}" for n in lengths)],
     [
-        [name, *(f"{1e3 * s:.0f} ms, {b / 2**20:.0f} MiB" for s, b in values)]
+        [name, *(f"{1e3 * s:.0f}\xa0ms, {b / 2**20:.0f}\xa0MiB" for s, b in values)]
         for name, values in priced.items()
     ],
 )
@@ -1183,7 +1184,8 @@ axes.set(xscale="log", yscale="log", title="Generating (4 layers, all in memory)
 axes.set(xlabel="tokens before", ylabel="time for one more token (ms)")
 axes.set_xticks(read_before, labels=read_before)
 axes.minorticks_off()
-axes.legend()
+figures.plain_ticks(axes.yaxis)
+axes.legend(handlelength=3.5)
 figures.show(
     figure,
     "Reading everything again costs ever more; one more token from a cache costs "

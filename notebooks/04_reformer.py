@@ -1468,7 +1468,8 @@ for (label, values), marker, colour, width in looks:
 axes.set(xlabel="layers", ylabel="kept for backward (MiB)", yscale="log")
 axes.set_title("A window of 1,024 tokens")
 axes.set_xticks(depths)
-axes.legend(fontsize=8)
+figures.plain_ticks(axes.yaxis)
+figures.legend_below(axes)
 figures.show(
     figure,
     "Reversible layers, hashed or exact, stay level at the bottom, whatever the depth; "

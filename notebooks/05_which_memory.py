@@ -391,7 +391,7 @@ contexts = {f"{name}, context": by_context(model) for name, model in models.item
 text_band.check(contexts, margin=0.5)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots(figsize=(6.4, 4))
+figure, axes = plt.subplots(figsize=(6.4, 4.6))
 for n, name in enumerate(MODELS):
     label = "{} recorded seeds of each" if n == 0 else ""
     values = text_band.values.get(f"{name}, context", [])
@@ -402,7 +402,7 @@ axes.set(xscale="log", xlabel="characters read before", ylabel="loss (nats)")
 axes.set_xticks(CONTEXTS, labels=CONTEXTS)
 axes.minorticks_off()
 axes.set_title(f"Loss against context ({corpus.name})")
-axes.legend(fontsize=8, ncols=2)
+figures.legend_below(axes)
 figures.show(
     figure,
     "For the four models with memory the loss falls steeply over the first eight "
@@ -751,7 +751,7 @@ axes.axhline(1 / 5, color="black", linewidth=0.8)
 axes.text(8, 0.22, "chance", ha="right", fontsize=9)
 axes.set(xlabel="swaps so far", ylabel="right answers (share)", ylim=(0, 1.05))
 axes.set_title("Where is the ball?")
-axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.2))
+figures.legend_below(axes)
 figures.show(
     figure,
     "Feedback is right after each of eight swaps, in all seeds. Vanilla, "
@@ -1143,21 +1143,19 @@ GLANCE = {  # title: ({model: value}, number, is more better?)
 }  # fmt: skip
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, grid = plt.subplots(3, 3, figsize=(7, 7.6), sharey=True)
+figure, grid = plt.subplots(5, 2, figsize=(5.4, 10.5), sharey=True)
+grid[-1, -1].axis("off")
 for ax, (title, (values, number, more)) in zip(grid.flat, GLANCE.items()):
     best = (max if more else min)(values.values())
     for y, name in enumerate(MODELS):
-        if name not in values:
-            ax.text(0, y, " not run", va="center", fontsize=8, color="#666666")
-            continue
         fill = dict(color=COLOUR[name], alpha=1 if values[name] == best else 0.35)
         ax.barh(y, values[name], height=0.7, **fill)
         text = f" {number.format(values[name])}"
-        ax.text(values[name], y, text, va="center", fontsize=8)
-    ax.set_title(title, fontsize=9)
-    ax.set_xlim(0, 1.35 * max(values.values()))
+        ax.text(values[name], y, text, va="center", fontsize=10)
+    ax.set_title(title)
+    ax.set_xlim(0, 1.45 * max(values.values()))
     ax.set(xticks=[], yticks=range(6))
-    ax.set_yticklabels(list(MODELS), fontsize=8)
+    ax.set_yticklabels(list(MODELS))
     ax.grid(False)
 grid[0, 0].invert_yaxis()
 figures.show(

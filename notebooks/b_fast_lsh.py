@@ -122,12 +122,12 @@ for name, row in [("sorted", TEXT), ("bucket", small), ("code", codes)]:
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 difference = torch.tensor([[codes[i] - codes[j] for j in by_bucket] for i in by_bucket])
 figure, axes = plt.subplots(figsize=(4.6, 4.2))
-look = dict(cmap="Blues", vmin=0, vmax=1.6, xlabel="key, sorted")
+look = dict(cmap="Blues", vmin=0, vmax=2.6, xlabel="key, sorted")
 figures.matrix(axes, ((difference == 0) | (difference == 1)).float(), **look)
 axes.set_ylabel("query, sorted")
 for i in range(12):
     for j in range(12):
-        axes.text(j, i, int(difference[i, j]), ha="center", va="center", fontsize=7)
+        axes.text(j, i, int(difference[i, j]), ha="center", va="center", fontsize=10)
 axes.set_xticks(range(12), labels=[TEXT[i] for i in by_bucket])
 axes.set_yticks(range(12), labels=[TEXT[i] for i in by_bucket])
 axes.set_title("code of the query minus code of the key")

@@ -180,6 +180,18 @@ def test_the_four_answers_show_who_reads_what():
     plt.close(figure)
 
 
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers():
+    figure, axes = plt.subplots()
+    axes.plot([1, 2, 3], [0.4, 30, 3000])
+    axes.set_yscale("log")
+    figures.plain_ticks(axes.yaxis)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    shown = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert shown[:4] == ["0.5", "1", "2", "5"] and shown[-2:] == ["1,000", "2,000"]
+    plt.close(figure)
+
+
 def test_a_legend_below_is_the_only_one():
     figure, (left, right) = plt.subplots(1, 2)
     for axes in (left, right):
