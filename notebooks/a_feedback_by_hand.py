@@ -874,7 +874,7 @@ models["vanilla"] = VanillaTransformer(**SIZES, max_len=128)
 costs = {name: [seconds(model, T) for T in lengths] for name, model in models.items()}
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
-figure, axes = plt.subplots(1, 3, figsize=(6.4, 3.0))
+figure, axes = plt.subplots(1, 3, figsize=(6.4, 3.5))
 looks = {"plain": "o-", "fast": "v--", "vanilla": "D-"}
 titles, units = ("forward (ms)", "backward (ms)", "kept (MiB)"), (1e3, 1e3, 2**-20)
 for k, (ax, unit, title) in enumerate(zip(axes, units, titles)):
