@@ -150,14 +150,20 @@ def points(axes, values, seeds=None, *, xlabel, number="{:.2f}", colors=None):
 
 
 def table(caption, header, rows):
-    """Display an HTML table: columns of words to the left, of numbers to the right."""
+    """Display an HTML table: columns of words to the left, of numbers to the right, and
+    in the middle where all are short and some are marks."""
     rows = [list(row) for row in rows]
+    columns = [[str(cell) for cell in column] for column in zip(header, *rows)][1:]
+    is_number = lambda cell: bool(re.match(r"\W*(\d|$)", cell))
 
     def side(cells):
-        n_numbers = sum(bool(re.match(r"\W*(\d|$)", str(cell))) for cell in cells)
-        return "right" if 2 * n_numbers > len(cells) else "left"
+        return "right" if 2 * sum(map(is_number, cells)) > len(cells) else "left"
 
-    sides = ["left"] + [side(cells) for _, *cells in list(zip(header, *rows))[1:]]
+    cells = [cell for column in columns for cell in column]
+    if max(map(len, cells), default=4) <= 3 and not all(map(is_number, cells)):
+        sides = ["left"] + ["center"] * len(columns)
+    else:
+        sides = ["left", *map(side, columns)]
 
     def line(cells, tag):
         cell = '<{0} style="text-align: {1}">{2}</{0}>'

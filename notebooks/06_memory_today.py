@@ -139,7 +139,7 @@ LOOK = {
     "Compressive": dict(color=figures.GREEN, marker="o"),
     "window": dict(color="#56B4E9", marker="v"),
     "last queries": dict(color="#8C510A", marker="D"),
-    "all queries": dict(color="#999999", marker="d", linestyle=":"),
+    "all queries": dict(color="#C51B7D", marker="d", linestyle=":"),
     "pooled": dict(color="#117733", marker="P", linestyle="--"),
     "delta rule": dict(color="#332288", marker="*", markersize=9),
     "looped window": dict(color="#882255", marker="X", linestyle=":"),

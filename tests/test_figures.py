@@ -162,6 +162,12 @@ def test_a_table_has_numbers_to_the_right_and_words_to_the_left(shown):
         assert re.findall(r"text-align: (\w+)", line) == ["left", "right", "left", "right"]
 
 
+def test_a_table_of_marks_has_them_in_the_middle(shown):
+    figures.table("", ["slot", 0, 1], [["got", "0.3", "0.1"], ["kept", "x", ""]])
+    for line in shown[0].data.split("</tr>")[:-1]:
+        assert re.findall(r"text-align: (\w+)", line) == ["left", "center", "center"]
+
+
 def test_feedback_unrolled_leads_from_every_earlier_square_to_every_layer(axes):
     figures.unrolled_feedback(axes, 3, now=4)
     lines = [line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) == 2]

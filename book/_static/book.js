@@ -41,6 +41,18 @@ function setLines(pre) {
   pre.classList.add("lines");
 }
 
+// No line begins with the comma after a formula.
+function keepTogether(formula) {
+  const next = formula.nextSibling;
+  const marks = next?.nodeType === Node.TEXT_NODE && next.data.match(/^[,.;:!?)”’]+/);
+  if (!marks) return;
+  next.splitText(marks[0].length);
+  const box = document.createElement("span");
+  box.className = "together";
+  formula.replaceWith(box);
+  box.append(formula, next);
+}
+
 // A link into something folded unfolds it.
 function unfold() {
   const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
@@ -62,6 +74,7 @@ function reach() {
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("figure.player").forEach(addPlayer);
   document.querySelectorAll(".bd-article .highlight pre").forEach(setLines);
+  document.querySelectorAll(".bd-article span.math").forEach(keepTogether);
   for (const code of document.querySelectorAll(".bd-article :not(pre) > code")) {
     code.classList.toggle("short", code.textContent.length <= 16);
   }
