@@ -153,7 +153,7 @@ def table(caption, header, rows):
     """Display an HTML table: columns of words to the left, of numbers to the right, and
     in the middle where all are short and some are marks."""
     rows = [list(row) for row in rows]
-    columns = [[str(cell) for cell in column] for column in zip(header, *rows)][1:]
+    columns = [[str(cell) for cell in column] for column in zip(*rows)][1:]
     is_number = lambda cell: bool(re.match(r"\W*(\d|$)", cell))
 
     def side(cells):

@@ -860,7 +860,7 @@ figures.table(
 # %% [markdown]
 # - **The delta rule** does not forget. It has no slots that could run out: the four keys of the task are four
 #   directions in a state of 32, and a new value replaces the old one in place. (With more keys than dimensions
-#   they would begin to collide.)
+#   they would begin to collide.) In chapter 5 Feedback does as well in as many bytes, token by token.
 # - **What the latest queries used** does not fall to guessing at any age, since values often asked for stay. Young
 #   answers pay the price: 12 of the 16 slots go to what was used, and a new value not asked for in its own segment
 #   of 16 may be gone in the next.
@@ -873,6 +873,7 @@ delta, pooled, latest = (
     recall_band.values[name] for name in ("delta rule", "pooled", "last queries")
 )  # (seeds, 12) each
 assert delta.min() > 0.95
+assert bands.load("05_recall_scores", text=None).low("Feedback").min() > 0.95
 assert latest[:, -1].min() > 0.25 > max(v[:, -1].max() for v in old_ways.values())
 assert latest[:, 0].max() < 0.8 < pooled[:, 0].min()
 assert pooled[:, 1].min() > 0.85 and pooled[:, 5:].max() < 0.2
