@@ -1371,7 +1371,7 @@ assert max(sizes) < 1.01 * min(sizes)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 OLD = ["vanilla", "Transformer-XL", "Compressive", "Feedback"]
-figure, panels = plt.subplots(1, 2, figsize=(6.4, 4.4), sharey=True)
+figure, panels = plt.subplots(1, 2, figsize=(6.4, 4.4), sharex=True, sharey=True)
 for axes, race in zip(panels, ("", ", minutes")):
     seeds = {name: text_band.values.get(name + race, []) for name in MINUTES}
     seeds |= {name: chapter_5.values.get(name + race, []) for name in OLD}
@@ -1383,7 +1383,6 @@ for axes, race in zip(panels, ("", ", minutes")):
     axes.set_yticks(range(len(seeds)), labels=list(seeds))
     axes.set_ylim(len(seeds) - 0.5, -0.5)
     axes.set(xlabel="loss (nats)", title="equal minutes" if race else "equal tokens")
-panels[0].sharex(panels[1])
 figures.show(
     figure,
     f"Validation losses on {corpus.name}. At equal tokens the memories of this chapter "

@@ -33,6 +33,25 @@ WIDE = """() => {
 }"""
 
 # 88 columns of code fit: what is not longer does not wrap.
+OUTDENTED = """() => [...document.querySelectorAll(".bd-article .highlight pre")].flatMap((pre) =>
+  [...pre.querySelectorAll(".line")].filter((line) => {
+    const words = document.createRange(), blank = line.querySelector(".blank");
+    words.selectNodeContents(line);
+    if (blank) words.setStartAfter(blank);
+    const boxes = [...words.getClientRects()].filter((box) => box.width > 1);
+    return boxes.some((box) => box.top > boxes[0].bottom - 2 && box.left < boxes[0].left + 2);
+  }).map((line) => line.textContent).concat(pre.querySelector(".line") ? [] : [pre.textContent]))"""
+COVERED = """() => {
+  const box = (element) => element.getBoundingClientRect(), found = [];
+  for (const player of document.querySelectorAll("figure.player")) {
+    const button = box(player.querySelector("button"));
+    if (button.top < box(player.querySelector("img")).bottom) found.push("a button on a picture");
+  }
+  for (const icon of document.querySelectorAll(".prev-next-footer svg.icon")) {
+    if (box(icon).width < 8) found.push("a squeezed arrow");
+  }
+  return found;
+}"""
 WRAPS = """() => {
   const style = document.createElement("style");
   style.textContent = "article pre { white-space: pre !important }";
@@ -164,6 +183,17 @@ def wraps(page):
 
 def equations(page):
     return page.evaluate(EQUATIONS)
+
+
+def outdented(page):
+    """Lines of code of which what wraps stands to the left of where they begin."""
+    return page.evaluate(OUTDENTED)
+
+
+def covered(page):
+    """Buttons of players that lie on their picture, arrows to other pages that are
+    squeezed."""
+    return page.evaluate(COVERED)
 
 
 def small(page):

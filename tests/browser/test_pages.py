@@ -28,6 +28,8 @@ def test_a_page(page, folder, site, name):
             assert not checks.wraps(page), width
         if width == 390:
             assert not checks.small(page)
+            assert not checks.outdented(page)
+            assert not checks.covered(page)
     assert not checks.clipped_in_print(page)
     page.goto(f"{site}/{name}.html" + "?q=memory" * (name == "search"))
     assert not checks.equations(page)
