@@ -21,9 +21,9 @@
 
 # %% [markdown]
 # You have a task, and several models that remember. Which do you take? Each paper compares its own model with the
-# one before it, on its own data, at its own size. This chapter puts all side by side: the same
-# parameters, the same text, the same tasks, one machine. It ends in a **decision table** (section 5.9), whose
-# last column leads back to the figures.
+# one before it, on its own data, at its own size. This chapter puts all side by side: equally many parameters,
+# the same text and tasks, one machine. It ends in a **decision table** (5.9), whose last column leads back to the
+# figures.
 #
 # **When you have read it, you can**
 # - name the four ways in which a comparison of such models can be fair, and say what each hides;
@@ -96,14 +96,14 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | equal | asks | hides | fair to someone who |
 # | --- | --- | --- | --- |
 # | **parameters** | what does the architecture do with its weights? | time: some weights are used more often for each token | stores or ships models |
-# | **tokens** | what does it learn from the same text? | time again: a slow model is waited for | has little text |
-# | **minutes** | what have I got after an hour? | the machine: another one ranks them otherwise | pays for computing |
+# | **tokens** | what does it learn from the same text? | time again: you wait for a slow model | has little text |
+# | **minutes** | what have I got after an hour? | the machine: another may rank them differently | pays for computing |
 # | **bytes of state** | what does it remember in the same space? | what it costs to use that space | serves many texts, or one on a small device |
 #
 # No model wins all four, and the choice of the race decides more than the seed does. Here parameters are equal
-# throughout (but for the costs of section 5.7, compared at equal widths). Text is raced by tokens (section 5.3)
-# and by minutes (5.4), copying and recall at equal bytes of state (5.5). Each training was run with five seeds
-# beforehand, drawn in grey; your own run is on top.
+# (but for the costs of section 5.7, at equal widths, and two recorded models in 5.5). Text is raced by tokens
+# (5.3) and by minutes (5.4), copying and recall by bytes of state (5.5). Each training was run with five seeds
+# beforehand (`text_scores` and its like), drawn in grey; your own run is on top.
 #
 # ## 5.2 Six ways to remember
 #
@@ -118,8 +118,9 @@ print(f"PyTorch {torch.__version__} on {device}")
 # - **Reformer** sees a window as vanilla does, a long one, but each token looks only at those that hashing
 # finds to be alike.
 #
-# All are called alike, `logits, memory = model(tokens, memory)`. Two of them have no memory. To read a stream
-# they must hold the text itself, and this small class makes that their memory:
+# All are called alike, `logits, memory = model(tokens, memory)`. (`*_` and `*aux` would take a compression
+# loss; no model here has one.) Two of them have no memory. To read a stream they must hold the text itself, and
+# this small class makes that their memory:
 
 # %% tags=["band"]
 class Reread(nn.Module):
@@ -136,12 +137,13 @@ class Reread(nn.Module):
         return self.model(text)[0][:, -tokens.size(1) :], text
 
 # %% [markdown]
-# So *the state* of a text is, for all, what must be held of it between two calls; *states* are hidden vectors.
+# So *the state* of a text is what must be held of it between two calls; *states* are hidden vectors.
 # Each model gets at most 16 KiB, at width 64, with two layers and four bytes a number: 32 states a layer for
 # Transformer-XL, 16 and 16 compressed ones for the Compressive Transformer, 64 vectors for Feedback, and 16
 # tokens for the sliding window, since a key and a value are two vectors. (In training the window is a
 # Transformer-XL in which each query sees its latest `mem_len` keys, `same_length`.) Vanilla and Reformer hold up
-# to 256 tokens, at eight bytes each; Reformer's table of positions, `axial_shape`, has 16 times 16.
+# to 256 tokens, further back than 5.5 asks, at eight bytes each: 2 KiB. (Reformer's table of positions,
+# `axial_shape`, has 16 times 16.)
 
 # %% tags=["band"]
 SIZES = dict(d_model=64, n_heads=4, n_layers=2)
@@ -162,8 +164,8 @@ REREAD = "vanilla", "Reformer"
 # (`POOLED`: the Compressive Transformer takes the mean of four states, which does well in chapter 2 and has no
 # parameters.) Transformer-XL has a matrix more in each layer than vanilla, Feedback has fewer. To make
 # parameters equal, `make` widens or narrows the feed-forward blocks. Feedback and Reformer come in their fast
-# versions (appendices A and B), which compute the same; Reformer's embeddings and positions begin small, as in
-# chapter 4.
+# versions (appendices A and B), which compute the same; Reformer's embeddings and positions start with small
+# numbers, as in chapter 4.
 
 # %% tags=["band"]
 def count(model):
@@ -244,9 +246,9 @@ for token in corpus.valid[None, :40].to(device).split(1, dim=1):
 print(f"40 characters in a window of {window.mem_len}: the same logits from the cache")
 
 # %% [markdown]
-# The last column of the next table counts how many layers run *one after the other* when 64 tokens are read (of
-# Reformer's blocks every second is attention: one a layer). Where that number does not grow with the tokens, a
-# GPU computes all tokens side by side.
+# The last column of the next table counts how many layers run *one after the other* when 64 tokens are read (a
+# layer of Reformer is two blocks, counted once). Where that number does not grow with the tokens, a GPU computes
+# all tokens side by side.
 
 # %%
 @torch.no_grad()
@@ -286,16 +288,15 @@ assert max(state.values()) == state["Feedback"] == 16 * 1024
 assert turns["Feedback"] == 64 * turns["vanilla"] == 16 * turns["Compressive"]
 
 # %% [markdown]
-# The parameters agree within a hundredth. Feedback takes its tokens one by one, a layer after a layer. The
-# Compressive Transformer reads pieces as long as its memory. The others read a segment in as many turns as they
-# have layers. When they *write*, all six are alike: each token waits for the one before.
+# Feedback takes its tokens one by one, layer after layer. The Compressive Transformer reads pieces as long as its
+# memory. The others read a segment in as many turns as they have layers. When they *write*, all six are alike:
+# each token waits for the one before.
 #
 # ## 5.3 Equal tokens
 #
 # Each model is trained on the same number of characters, 512 a step, and then reads validation text. Models with
 # a memory read segments of 32. Vanilla reads windows of 64, as long as segment and memory of Transformer-XL;
-# Reformer reads windows of 128, eight of its chunks; both in fewer lanes, so that a step has as many characters.
-# (`MINUTES` is for section 5.4.)
+# Reformer reads windows of 128, eight of its chunks; both in fewer lanes, to keep to 512 characters a step.
 
 # %% tags=["band"]
 T, STEPS, LANES = 32, 250, 16
@@ -380,11 +381,11 @@ if text_band.seeds:
 assert tokens_race["Transformer-XL"] < tokens_race["vanilla"]
 
 # %% [markdown]
-# The four with a memory beyond their segment are ahead of both that start each window from nothing, though those
-# windows are longer. Among the four the differences are small.
+# The four with a memory beyond their segment are ahead of both that start each window from nothing, though the
+# segments are shorter than those windows. Among the four the differences are small.
 #
-# How much of the past does each of them use? At a thousand places of the validation text, let the model read
-# `n` characters from nothing and predict the next one:
+# How much of the past does each use? At a thousand places of the validation text, let the model read `n`
+# characters from nothing and predict the next one:
 
 # %%
 contexts = {f"{name}, context": by_context(model) for name, model in models.items()}
@@ -429,9 +430,8 @@ if text_band.seeds:
 # ## 5.4 Equal minutes
 #
 # A step of Feedback takes several times as long as one of vanilla. Give each model the same *time*: as long as
-# vanilla needs for 300 steps. Time cannot be recorded, since your machine is not ours. So recorded seeds and
-# your run take fixed numbers of steps, `MINUTES`, from ratios measured once. The next cell measures the ratios
-# on your machine, the models in turns, so that its other work falls on all of them.
+# vanilla needs for 300 steps. Since your machine is not ours, the recorded seeds and your run take fixed numbers
+# of steps, `MINUTES`, from ratios measured once. The next two cells measure the ratios on your machine.
 
 # %%
 def one_step(name):
@@ -506,19 +506,19 @@ if text_band.seeds:
 
 # %% [markdown]
 # Now Feedback, well ahead of vanilla at equal tokens, is behind it: it has read less than a third as much. The
-# sliding window and Transformer-XL, whose steps cost little more, stay ahead. On another machine the ratios
-# differ, most of all on a GPU (5.10).
+# other three with a memory, whose steps take at most about twice as long, stay ahead. On another machine the
+# ratios differ, most of all on a GPU (5.10).
 #
 # ## 5.5 Equal bytes of state
 #
-# Text of this kind asks little of a memory. The next two tasks ask for exact things from a known distance. Each
+# Such text asks little of a memory. The next two tasks ask for exact things from a known distance. Each
 # model has its state of at most 16 KiB, and answers in segments of 16. (In training, vanilla and Reformer read
 # whole strings.)
 #
 # ### Copying at a distance
 #
-# The duplicate task of the Reformer paper: a string of random symbols, then the same once more. At the second
-# time each symbol stands exactly 32 tokens back. Chance is one in 31. (`n == 0`: here a new string begins.)
+# The duplicate task of the Reformer paper: a string of random symbols, then the same once more, each symbol
+# exactly 32 tokens after its first time. Chance is one in 31. (`n == 0`: here a new string begins.)
 
 # %% tags=["band"]
 COPY = dict(length=64, n_symbols=31)
@@ -585,14 +585,15 @@ assert copy_band.high("Compressive") < 0.7 * copy_band.low("Transformer-XL")
 # and layer where a cache of keys and values holds two. Feedback holds one vector a token for all layers, and
 # reaches it with room to spare. The Compressive Transformer *reaches* the answer too, but in a state that stands
 # for four tokens, and their mean says little about which came first. Vanilla and Reformer hold all 64 tokens, and
-# yet have not fully learned the task in 300 steps. That they are told places, not distances, may be why.
+# yet, after 300 steps, copy only a quarter and three quarters. That they are told places, not distances, may be
+# why.
 #
 # ### Recall by age
 #
-# In the recall stream keys are given one of eight values each, and asked for later. The older an answer, the
-# further back the model must look. All six train for 4,000 steps of 512 tokens: those with a memory in segments
-# of 16, vanilla and Reformer on windows of 256, which is what they read. Feedback begins with short games, as in
-# chapter 3. (`age`: how many tokens ago the answer stood, 0 where nothing is asked.)
+# In the recall stream (chapter 2) one token, `b=5`, gives one of four keys one of eight values; `b?` asks for the
+# latest; the rest is noise. The older an answer, the further back the model must look. All six train for 4,000
+# steps of 512 tokens: those with a memory in segments of 16, vanilla and Reformer on windows of 256. Feedback
+# begins with short games, as in chapter 3. (`age`: how many tokens ago the answer stood, 0 where there is none.)
 
 # %% tags=["band"]
 def games(length, seed):
@@ -641,8 +642,8 @@ def recall_scores(seed):
 
 # %% [markdown]
 # Chapter 2 has recorded five seeds of Transformer-XL and of the Compressive Transformer with means of four, on
-# the same stream with as many steps and bytes. The other four were recorded for this chapter. Only one of them is
-# trained here again, the sliding window:
+# the same stream with as many steps and bytes (and a few more parameters: `d_ff` is still 256). The other four
+# were recorded for this chapter. Only the sliding window is trained here again; coloured lines are means of seeds.
 
 # %%
 recall_band = bands.load("05_recall_scores", None)
@@ -694,17 +695,17 @@ assert old["Compressive"].min() > old["Transformer-XL"].max() + 0.2
 assert young["Compressive"].mean() < young["Transformer-XL"].mean()
 
 # %% [markdown]
-# What is out of reach can only be guessed. The sliding window and Transformer-XL end where their memories end: the
-# second layer reads states that have themselves looked back, so Transformer-XL reaches twice its 32 tokens, and up
-# to a segment more. The Compressive Transformer has as many slots, but half of them stand for four tokens each. It
-# still answers where Transformer-XL guesses, and is a little worse where Transformer-XL can answer. Vanilla and
-# Reformer have all 256 tokens before them, and yet miss one answer in six, and more of the oldest. Why was not tested.
+# The sliding window and Transformer-XL end where their memories end: the second layer reads states that have
+# themselves looked back, so Transformer-XL reaches twice its 32 tokens, and up to a segment more. The Compressive
+# Transformer has as many slots, but half of them stand for four tokens each. It still answers where
+# Transformer-XL guesses, and is a little worse where Transformer-XL can answer: in the same bytes, a *longer* past
+# less *exactly*. Vanilla and Reformer have all 256 tokens before them, and yet miss one answer in six, more of
+# the oldest, vanilla also of the youngest. Why was not tested.
 #
-# And Feedback? It holds one vector for each of the latest 64 tokens, and is right at an age of 192. No vector in
-# its memory was made when the answer was given, so newer ones must have taken it over: what it holds is not only
-# what *was said*, but what is *true now*, four values for four keys, handed on from step to step. That is little
-# to hand on. A stream of a hundred keys would ask for more, and was not tried; nor was it tried whether the others
-# gain from short games. In slots, you choose between *how much* of a long past and *how exactly* a shorter one.
+# Feedback holds one vector for each of the latest 64 tokens, and is right at an age of 192. No vector in its
+# memory is as old as the answer, so newer ones must have taken it over: what it holds is not only what *was said*,
+# but what is *true now*, four values for four keys, handed on from step to step. That is little to hand on. A
+# hundred keys would ask for more, and were not tried; nor was it tried whether the others gain from short games.
 #
 # ## 5.6 Following the ball
 #
@@ -725,7 +726,7 @@ print("three models, the same weights, the same logits")
 
 # %% [markdown]
 # So four models play. Lessons begin with games of two swaps, and end with eight. Feedback learns at 1e-2, the
-# others at 3e-3: the rates of Feedback and vanilla in chapter 3. Other rates are not compared.
+# others at 3e-3: the rates of Feedback and vanilla in chapter 3.
 
 # %% tags=["band"]
 LESSONS = [(2, 150), (4, 250), (8, 150)]  # swaps in a game, steps
@@ -784,8 +785,8 @@ for name in PLAYERS:
 
 # %% [markdown]
 # Feedback follows the ball to the end in every seed. The parallel models are lost after a few swaps: two layers
-# give them two rounds of looking, where the task needs one after each swap. Chapter 3 shows that more layers buy
-# more swaps, some at a time. More memory could not help: the whole game lies in the segment.
+# give them two rounds of looking, where going swap by swap takes eight. More layers buy more swaps, some at a time
+# (chapter 3). More memory could not help: the whole game lies in the segment.
 #
 # ## 5.7 What it costs
 #
@@ -1011,11 +1012,11 @@ assert all(growth["Reformer"] < 0.5 * growth[n] for n in MODELS if n != "Reforme
 #
 # ## 5.8 At sizes that do not fit here
 #
-# Bytes and operations can be computed. First the formulas, for writing one token with a state of `K` slots; a
+# Bytes and operations can be computed. First the formulas, for writing one token when `K` slots are held; a
 # product of matrices $(m, n)$ and $(n, p)$ counts $2\,m\,n\,p$ operations, and all else is left out. The first
 # function counts the buckets of Reformer's hash, twice as many as chunks; above 32, those of its two small
-# hashes, added (chapter 4). In Transformer-XL the new token makes `K + 1` keys, and chapter 1's `R` has a row
-# more.
+# hashes, added (chapter 4). In Transformer-XL the new token makes `K + 1` keys, and chapter 1's shift of the
+# scores needs one distance more than keys.
 
 # %%
 def hash_size(n_chunks):
@@ -1057,7 +1058,7 @@ def operations(name, K, L, d_model, d_ff, vocab_size=64, P=2, w=32):
 
 # %% [markdown]
 # PyTorch counts the operations that it runs, but on a CPU not those of fused attention, so `SDPBackend.MATH`
-# switches that off. Hold them against the formulas at small sizes:
+# switches that off. Compare counts and formulas at small sizes:
 
 # %%
 @torch.no_grad()
@@ -1129,15 +1130,15 @@ assert million["vanilla"] > 100 * million["Reformer"] > 100 * million["Feedback"
 
 # %% [markdown]
 # Keys and values of all 24 layers take 24 times what Feedback holds. Making them anew is out of the question at
-# this length, and so is reading again. This is arithmetic, not a promise; a sliding window of fixed length would
-# cost the same there as at ten thousand, but not hold the million.
+# this length, and so is reading again. A sliding window of fixed length costs no more after a million
+# tokens than after ten thousand, but does not hold them all.
 #
 # ### At a glance
 #
-# Nine measurements. Each chart has its own scale, from zero; more is better where the title does not say less.
-# The best bar is filled (too short to see in "state"), the others are pale. For the ball, the sliding window and
-# the Compressive Transformer stand where Transformer-XL does (section 5.6). "Training after 10,000" is a window
-# of 10,000 for vanilla and Reformer, a segment of 64 for the others.
+# Nine measurements, recall as means of seeds. Each chart has its own scale, from zero; more is better unless the
+# title says less. The best bar is filled (too short to see in "state"), the others are pale. For the ball, the
+# sliding window and the Compressive Transformer stand where Transformer-XL does (5.6). "Training after 10,000" is
+# a window of 10,000 for vanilla and Reformer, a segment of 64 for the others.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 losses = {short(key): loss for key, loss in minutes_race.items()}
@@ -1186,10 +1187,10 @@ figures.show(
 # %% [markdown]
 # ### Look inside
 #
-# What does each model hold when it reads a character? Here three models, trained for longer (the book's page on
-# trained weights), read the same text. Point at a character. Bold is what the model holds. A tray below is a
-# slot, for one character or four; the bar above says how much attention goes to it, in the top layer unless you
-# choose another.
+# What does each model hold when it reads a character? Here three larger ones, trained for longer (the book's page
+# on trained weights), read the same text. Point at a character. Bold is what the model holds. A tray below is a
+# slot, for one character or four; the bar above is its share of attention (added up in the titles), in the top
+# layer unless you choose another.
 
 # %%
 seen = {}
@@ -1206,7 +1207,9 @@ figures.explorer(seen, vocab)
 # %% [markdown]
 # ## 5.9 Decide
 #
-# Each row is computed from the sections that its last column names. The cell fails if a row is wrong.
+# Each row is computed from the sections that its last column names. The cell fails if a row is wrong. The first
+# three leave out vanilla and Reformer, which read everything again at each call (yet, on average, recall more than
+# the third row's model).
 
 # %%
 streams = [name for name in MODELS if name not in REREAD]  # states of a fixed size
@@ -1270,18 +1273,17 @@ assert taken[4:6] == ["Reformer", "Reformer"]
 assert not text_band.seeds or taken[6] == "sliding window"
 
 # %% [markdown]
-# Read a row as advice, not as a law. "Feedback" stands three times: one vector for all layers is small, and hands on
-# what each step found. Where tokens come one by one anyway, waiting for the one before costs nothing. If you
-# must *train* such a model on much text, section 5.4 is the price. With texts of a few hundred tokens vanilla
-# trains fastest (5.7); the sliding window learned more here, per token and per minute.
+# Read a row as advice. "Feedback" stands three times: one vector for all layers is small, and hands on what each
+# step found. If you must *train* such a model on much text, section 5.4 is the price. With texts of up to
+# 1,000 tokens vanilla trains fastest (5.7); the sliding window learned more here, per token and per minute.
 #
 # ## 5.10 What this chapter does not show
 #
 # - **Size.** Two layers of width 64, a hundred thousand parameters, seconds of training. What is a matter of
 # construction (bytes, operations, what waits for what, which ages are out of reach) holds at any size. Losses on
 # text do not carry over: chapters 1 to 4 quote the papers'.
-# - **Settings.** One learning rate for all, but for the cups and Feedback's short games, and no search for each model. Chapters 1 to 4 train
-# each model on its own terms.
+# - **Settings.** One learning rate for all (but for the cups and Feedback's short games), no search for each
+# model.
 # - **The compression.** Means of four, not the paper's convolution with its own loss (chapter 2).
 # - **Time** on two cores of a CPU. On a GPU, what runs in parallel gains far more than what waits: expect
 # Feedback to fall back in training, and vanilla's fused attention to hold out longer against hashing.
@@ -1347,11 +1349,11 @@ exercises.check("5.3", my_depth)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# To cover $n$ tokens, how long must $M = C$ be? Count the numbers of both, each by $n$ and $L$.
+# To cover $n$ tokens, how long must $M = C$ be? Count the numbers of both, in $n$ and $L$.
 #
 # </details>
 #
-# **5.4 Who ties?** *(read a band; middle; 15 minutes)* Which models cannot be told from the best? Say: those
+# **5.4 Who ties?** *(read a band; middle; 15 minutes)* Which models cannot be told from the best? Take those
 # whose span of seeds overlaps the span of the model with the lowest mean. Then: who ties in the race of tokens,
 # who in that of minutes (`text_band.values`)?
 
@@ -1373,7 +1375,7 @@ exercises.check("5.4", my_ties)
 # **5.5 How far back?** *(build; middle; 30 minutes)* `read` takes tokens `(1, N)` and gives logits after the last
 # one, `(1, vocab_size)`. Find the age of the oldest token whose change changes them; the last token has age 0.
 # Then try it on the models of this chapter, `reader(name, make(name, 10).eval())`, in segments of 16. Which reach
-# further than their state is long, and why?
+# further back than their state, and why?
 
 # %% tags=["exercise"]
 def my_reach(read, tokens):
