@@ -173,11 +173,11 @@ for values in old_ways.values():
     assert values[:, 0].min() > 0.7 and values[:, -1].max() < 0.25
 
 # %% [markdown]
-# Both answer until they run out of slots, a *slot* being the place of one stored state: with 32 in each of two
-# layers, up to about `32 * 2` tokens, or `(16 + 4 * 16) * 2` where half of them hold four tokens each. Then the
-# answer is gone, though only four values ever need to be known at a time. Whatever is read takes a slot, important
-# or not, and loses it with age. There are two ways out: *choose* what slots hold (sections 6.3 and 6.4), or do
-# without them (6.5).
+# Both answer until they run out of slots, a *slot* being the place of one stored state of 64 numbers: with 32 in
+# each of two layers, up to about `32 * 2` tokens, or `(16 + 4 * 16) * 2` where half of them hold four tokens each.
+# Then the answer is gone, though only four values need to be known at a time. Whatever is read takes a slot,
+# important or not, and loses it with age. There are two ways out: *choose* what slots hold (sections 6.3 and 6.4),
+# or do without them (6.5).
 #
 # Today's memories keep keys and values, as the cache of chapter 0 does, and not states, as in chapters 1 and 2. A
 # slot then takes twice the space, but nothing is computed twice. Each memory is a module. It gets the states `x`
@@ -348,8 +348,8 @@ for size in (1, 7, 16):
 print("token by token, by 7 and by 16: the same as in one window")
 
 # %% [markdown]
-# How can the rule of the *latest* queries hold on to old values? A value that is often asked for often gets
-# attention, and so it stays, however old it is. What nobody asks for is lost.
+# The rule of the *latest* queries can hold on to old values, too. One that is often asked for gets attention,
+# and so it stays, however old. What nobody asks for is lost.
 #
 # ## 6.4 Pooling by a gate
 #
@@ -416,9 +416,9 @@ assert once.max() == 1 and torch.equal(seen[:22], torch.ones(24, 24).tril().bool
 # blocks.
 #
 # If `top_k` is set, slots also help to *find* what to read: each query scores all slots first, and then reads the
-# `top_k` best blocks token by token as well. (Chapter 4's hashing found similar keys by chance; here a mean of keys
-# stands for its block, and the score itself chooses.) All tokens must be kept for that: it saves reading, not
-# space. (Ours, which masks, saves neither.)
+# `top_k` best blocks token by token as well. (Chapter 4 found similar keys by random hashes; here the score of a
+# block's slot decides.) All tokens must be kept for that: it saves reading, not space. (Ours, which masks, saves
+# neither.)
 
 # %% tags=["from-module"]
 def closer(scores, blocks, n_tokens, top_k, c):
@@ -534,7 +534,7 @@ assert S @ b == two
 # S_t = \alpha_t\, S_{t-1}\,(I - \beta_t k_t k_t^\top) + \beta_t v_t k_t^\top , \qquad y_t = S_t q_t ,
 # $$
 #
-# which is what the code does, with $\alpha_t S_{t-1}$ in place of the $S_{t-1}$ above:
+# which is the delta rule with $\alpha_t S_{t-1}$ in place of $S_{t-1}$, as the code has it:
 
 # %% tags=["from-module"]
 def delta_rule(q, k, v, alpha, beta, S):
@@ -551,16 +551,15 @@ def delta_rule(q, k, v, alpha, beta, S):
 
 # %% [markdown]
 # Token after token means a loop in Python. The same numbers come from a form that takes a *chunk* of `w` tokens in
-# one go. Let $S_0$ be the state before the chunk, $\gamma_t = \alpha_1 \cdots \alpha_t$ the share of it that is
-# left at token $t$, and $u_t = \beta_t\,(v_t - \alpha_t S_{t-1} k_t)$ what token $t$ writes. Then $S_t$ is what is
-# left of everything written so far,
+# one go. Let $S_0$ be the state before the chunk, $\gamma_t = \alpha_1 \cdots \alpha_t$ the share of it that the
+# gates leave by token $t$, and $u_t = \beta_t\,(v_t - \alpha_t S_{t-1} k_t)$ what token $t$ writes. Each step is
+# $S_t = \alpha_t S_{t-1} + u_t k_t^\top$, so together they give
 #
 # $$
 # S_t = \gamma_t S_0 + \sum_{i \le t} \frac{\gamma_t}{\gamma_i}\, u_i k_i^\top ,
 # $$
 #
-# and if you put this form of $S_{t-1}$ into $u_t$, you get an equation for each $u_t$ that involves only earlier
-# ones:
+# and with this form of $S_{t-1}$ you get an equation for each $u_t$ that involves only earlier ones:
 #
 # $$
 # u_t + \beta_t \sum_{i < t} \frac{\gamma_t}{\gamma_i}\,(k_i^\top k_t)\, u_i = \beta_t\,(v_t - \gamma_t S_0 k_t) .
@@ -570,7 +569,8 @@ def delta_rule(q, k, v, alpha, beta, S):
 # on the right alone, so the code solves for two right sides, $\beta_t v_t$ (giving `own`) and
 # $\beta_t \gamma_t k_t$ (giving `of_S`), in *all* chunks at once. Then, chunk by chunk, $u_t$ is `own` less $S_0$
 # times `of_S`, and the sum for $S_t$ gives $S_t q_t$ and the next $S_0$. In the code, `decay` holds
-# $\gamma_t / \gamma_i$, and `look` that times $k_i^\top q_t$.
+# $\gamma_t / \gamma_i$ (the first `tril` keeps it from overflowing where $i > t$), and `look` that times
+# $k_i^\top q_t$. Padding writes nothing: its $\beta$ is 0.
 
 # %% tags=["from-module"]
 def chunked_delta_rule(q, k, v, alpha, beta, S, chunk_len=32):
@@ -890,9 +890,9 @@ recall_figure(
 )
 
 # %% [markdown]
-# A window reaches a few times its length. Looping does not help in the same space. *All* queries and the *latest*
-# differ in one number, `decay`. Why does that matter so much? A sum over all queries only grows. So take the model
-# trained with 0, change the number afterwards, and see how long slots stay:
+# A window reaches two to three times its length. Looping does not help in the same space. *All* queries and the
+# *latest* differ in one number, `decay`. Why does that matter so much? A sum over all queries only grows. So take
+# the model trained with 0, change the number afterwards, and see how long slots stay:
 
 # %%
 @torch.no_grad()
@@ -968,11 +968,10 @@ assert S[0, 0, 0].allclose(torch.tensor([0.0, 3.0, 2.0, 1.0, 4.0]))
 
 # %% [markdown]
 # With 2 the contents are swapped; with 1 they are averaged, and the difference is lost for good. Now the training:
-# one layer, four heads, ten tokens (the pairs of five cups), and lessons from two swaps to 32. The games of the exam
-# have 128. (The state starts at
-# zero, so the layer must also learn to write something for the swaps to move. How, we leave open.) Four layers of
-# vanilla and one of Feedback, with a memory of 32, took the same lessons when the seeds were recorded, and are not
-# trained again here.
+# one layer, four heads, ten tokens (the pairs of five cups), lessons from two swaps to 32, and an exam of 128. (The
+# state starts at zero, so the layer must also learn to write something to swap. How, we leave open.)
+# Four layers of vanilla and one of Feedback, with a memory of 32, took the same lessons when the seeds were
+# recorded, not here.
 
 # %% tags=["band"]
 LESSONS = [(2, 100), (4, 100), (8, 150), (16, 200), (32, 250)]  # swaps in a game, steps
@@ -1075,10 +1074,10 @@ for name in ("up to 1", "vanilla, 4 layers"):
     assert ball_band.high(name)[5:].max() < 0.4
 
 # %% [markdown]
-# (Feedback, as rings, lies under the top line.) One layer is enough, and it computes all swaps of a chunk at once.
-# Has it learned what we derived? What are $\beta$ and $k$ for each of the ten swaps in its heads? The $u$ of two swaps
-# without a common cup are at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. The model
-# may choose its unit vectors for the cups, but not the angles.
+# One layer is enough for 32 swaps, and about nine times in ten for 128; it computes all swaps of a chunk at
+# once. Are $\beta$ and $k$, for each of the ten swaps, what we derived? The $u$ of two swaps without a common cup are
+# at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. The model may choose its unit vectors
+# for the cups and the signs of its keys, but not these numbers.
 
 # %%
 @torch.no_grad()
@@ -1129,10 +1128,10 @@ figures.table(
 assert beta[best].min() > 1.9 and off[best] < 0.05
 
 # %% [markdown]
-# A head with $\beta = 2$ for every swap, and the derived angles: it has found the reflections. (Not every head
-# has; what the others do, we did not test.) So what Feedback did a step at a time can be had in parallel, with a
-# state of fixed size. The price is that the new state is *linear* in the old one: between two steps Feedback goes
-# through nonlinear layers, and this recurrence does not.
+# A head with $\beta = 2$ for every swap, and the derived angles: it has found the reflections. (What other heads do,
+# how near to 1 $\alpha$ is, and why answers slip after 64 swaps, we did not test.) So what Feedback did a step at a
+# time can be had in parallel, with a state of fixed size. The price is that the new state is *linear* in the old
+# one; Feedback goes through nonlinear layers in between.
 
 # %% [markdown]
 # ## 6.9 Past the window, with and without a sink
@@ -1206,9 +1205,9 @@ print(f"but {on_start[trigger].mean():.2f} at triggers, where the head has work 
 assert on_start[~trigger].mean() > 5 * on_start[trigger].mean()
 
 # %% [markdown]
-# When the head has no work, it rests much of its weight on the start token. That is the sink: many times the 1/17
-# to 1/64 that even attention would give. Now read far past the 64 tokens of training, with a window of 64 (63 slots
-# and the token itself) that drops the start token, one that keeps it, and a cache that keeps everything:
+# When the head has no work, it rests much of its weight on the start token. That is the sink: many times what even
+# attention to 17 to 64 tokens would give. Now read far past the 64 of training, with a window of 64 (63
+# slots and the token itself) that drops the start token, one that keeps it, and a cache that keeps everything:
 
 # %%
 sinks = {
@@ -1278,16 +1277,16 @@ kept = sink_band.values["window and sink"].mean(axis=0)
 assert all(-0.02 < a - b < 0.03 for a, b in zip(kept.tolist(), least))
 
 # %% [markdown]
-# (The dotted line knows the table and the triggers. What it has, too, the high start and the bump at 128, is the
-# texts' own.) The one slot for the start token makes the difference,
-# in every seed, though in one by next to nothing. Without it, presumably, the head has nowhere to rest and mixes in
-# symbols that do not belong there. To keep everything is worse still: the model then meets distances of more than
-# 64, as it never did in training and never does with 63 slots, counted afresh at each reading.
+# (The dotted line knows the table and the triggers; its high start and its bump at 128 come from the texts. Dashed:
+# the length of training.) The one slot for the start token makes the difference, in every seed, though in one by
+# next to nothing. Without it, presumably, the head has nowhere to rest and mixes in symbols that do not belong
+# there. To keep everything is worse still: the model then meets distances of more than 64, as it never did in
+# training and never does with 63 slots, counted afresh.
 #
-# In large models the loss explodes without the first tokens (Xiao et al., 2023). Here it merely rises: a single
-# head can do little harm.
+# In large models the loss explodes without the first tokens (Xiao et al., 2023). Here, with one head, it merely
+# rises.
 #
-# Now a window with a sink reads 20,000 tokens; its loss and its bytes on the way:
+# Now a window with a sink reads 20,000 tokens; its loss, in the last 2,000 before each mark, and its bytes:
 
 # %%
 @torch.inference_mode()
@@ -1325,9 +1324,9 @@ assert abs(halves[0] - halves[1]) < 0.05 and len(set(space)) == 1
 # %% [markdown]
 # ## 6.10 On text, and what it costs
 #
-# Tiny Shakespeare again, with the sizes, the characters and the validation text of chapter 5, so that the numbers
-# compare. The five below have equally many parameters, to within one percent. First at equal tokens, then at equal
-# minutes: as long as chapter 5's vanilla needs for 300 steps, by ratios measured once.
+# Tiny Shakespeare again, with the sizes, the characters and the validation text of chapter 5. The five below have
+# equally many parameters, to within one percent. First at equal tokens, then at equal minutes: as long as chapter 5's
+# vanilla needs for 300 steps, by ratios measured once.
 
 # %% tags=["band"]
 SIZES = dict(d_model=64, n_heads=4, n_layers=2, d_ff=256)
@@ -1403,9 +1402,9 @@ if text_band.seeds:
 # %% [markdown]
 # (Dots are this run, strokes five recorded seeds; the lower four rows are chapter 5's.) All five are ahead of
 # vanilla, and at equal tokens they lie close together. At equal minutes the delta rule and the looped window fall
-# behind the window and pooling, since they get fewer steps. As in chapter 5, this text asks for a dozen or two
-# characters, and each of these memories has those. To tell them apart takes the recall task, or a much longer text
-# and a larger model. A sample from the delta rule:
+# behind the window and pooling, since they get fewer steps. As in chapter 5, this text needs a dozen or two
+# characters of context, and each of these memories has those. To tell them apart takes the recall task, or a longer
+# text and a larger model. A sample from the delta rule:
 
 # %%
 prompt = corpus.vocab.encode("\nROMEO:\n")
@@ -1415,7 +1414,7 @@ print(corpus.vocab.decode(sample))
 # %% [markdown]
 # ### More loops than in training
 #
-# The looped model ran its two layers twice. Does it know what to do with one loop, or with more?
+# The looped model ran its two layers twice. Can it run them once, or more often?
 
 # %%
 by_loops = {}
@@ -1648,10 +1647,10 @@ figures.table(
 assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 
 # %% [markdown]
-# The cache and the delta rule read at all ages, the youngest more than the answers call for. A layer of pooling
-# reads nothing older than its slots; older tokens reach the second layer through the first. The cache has *chosen*
-# the old tokens that it still holds. The state has not chosen: what a question finds in it is what no later value
-# has replaced.
+# The cache and the delta rule read at all ages, the youngest more than the answers call for (why, we did not test).
+# A layer of pooling reads nothing older than its slots; older tokens reach the second layer through the first. The
+# cache *chose* the old tokens that it still holds. The state does not choose: its rule replaces what a key had,
+# whatever its age.
 #
 # ## 6.11 Departures from the papers
 #
@@ -1664,7 +1663,7 @@ assert old["pooled"] < 0.01 < 0.15 < min(old["last queries"], old["delta rule"])
 # - **Delta rule**: Gated DeltaNet has short convolutions on queries, keys and values, nonlinearities, a gate at
 #   the output, and RMSNorm where we have a layer norm. It is often mixed with layers of attention.
 # - **Looped depth**: Huginn has layers of its own before and after the loop.
-# - All of it is small. Made-up streams show how a memory works; they do not rank the models that you read about.
+# - All of it is small. Made-up streams show how a memory works; they do not rank the models of the papers.
 
 # %% [markdown]
 # ## 6.12 What became of it: a family tree
