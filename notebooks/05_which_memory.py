@@ -1246,8 +1246,8 @@ DECISIONS = [
     ),
     (
         "the same, a segment at a time", best["recalls most, in parallel"],
-        "of those that read a segment in parallel, it recalls most of what is old "
-        "(5.5)",
+        "of those with a state of fixed size that read a segment in parallel, it "
+        "recalls most of what is old (5.5)",
     ),
     (
         "a state machine", best["follows the ball"],

@@ -129,7 +129,7 @@ figures.show(
 chapter_2 = bands.load("02_recall_scores", text=None).values
 old_ways = {
     "Transformer-XL": chapter_2["Transformer-XL"],  # (seeds, 12)
-    "Compressive": chapter_2["conv, attention, c = 4"],
+    "Compressive": chapter_2["conv, attention, c = 4"],  # its paper's f_c, loss
 }
 AGES = [16 * n + 8.5 for n in range(12)]  # the middles of 1 to 16, 17 to 32, ...
 
@@ -156,9 +156,9 @@ def ages_axes(axes, title):
 
 figure, axes = plt.subplots(figsize=(6.4, 3.8))
 for name, values in old_ways.items():
-    label = "five recorded seeds of each" if name == "Compressive" else "_"
+    label = "five recorded seeds of each" if name == "Transformer-XL" else "_"
     figures.band(axes, AGES, values, label)
-    axes.plot(AGES, values.mean(axis=0), label=f"{name}, their mean", **LOOK[name])
+    axes.plot(AGES, values.mean(axis=0), label=f"{name}, mean", **LOOK[name])
 ages_axes(axes, "What 8 KiB a layer remember")
 axes.legend()
 figures.show(
@@ -230,7 +230,8 @@ for shift in (0, 10, 100):
     far = [torch.tensor([4 + shift]), torch.tensor([shift])]
     scores = [scores_of(q, k, *places).item() for places in (at, far)]
     rows.append([4 + shift, *(f"{score:.4f}" for score in scores)])
-figures.table("Scores of one query and one key", ["query at", "distance 3", "4"], rows)
+header = ["query at", "distance 3", "distance 4"]
+figures.table("Scores of one query and one key", header, rows)
 assert len({row[1] for row in rows}) == len({row[2] for row in rows}) == 1
 
 # %% [markdown]
@@ -409,7 +410,7 @@ figures.show(
 # %%
 seen = blocks.repeat_interleave(4, dim=1) | tokens  # (24, 24): in one way or the other
 once = blocks.repeat_interleave(4, dim=1).int() + tokens.int()
-assert once.max() == 1 and torch.equal(seen[:22], torch.ones(24, 24).tril().bool()[:22])
+assert once.max() == 1 and torch.equal(seen[:23], torch.ones(24, 24).tril().bool()[:23])
 
 # %% [markdown]
 # Each earlier token is in view exactly once, by itself or in a block, until there are more than `compressed_len`
@@ -1029,10 +1030,10 @@ for name, look in {
     figures.band(axes, COUNTS, values, "_")
     label = f"{name}, mean of the seeds"
     axes.plot(COUNTS, values.mean(axis=0), label=label, linestyle=":", **look)
-for name, marker in zip(STRENGTHS, "X*"):
+for name, marker, line in zip(STRENGTHS, "X*", ("--", "-")):
     label = "five recorded seeds" if name == "up to 2" else "_"
     figures.band(axes, COUNTS, ball_band.values[name], label)
-    look = dict(color="#332288", marker=marker, markersize=8)
+    look = dict(color="#332288", marker=marker, markersize=8, linestyle=line)
     axes.plot(COUNTS, balls[name], label=f"delta rule, strength {name}", **look)
 axes.axhline(1 / 5, color="black", linewidth=0.8)
 axes.text(1, 0.215, "guessing", fontsize=8)
