@@ -1438,7 +1438,8 @@ figures.show(
 
 # %%
 print({n: round(loss, 2) for n, loss in by_loops.items()})
-assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
+if text_band.seeds:
+    assert by_loops[2] < min(by_loops[1], by_loops[6]) - 0.02
 
 # %% [markdown]
 # It is best near the number of loops it was trained with, and each further one costs it something. Huginn draws
