@@ -128,7 +128,7 @@ def learn():
         return time.perf_counter() - start, model
 
     timed(10)
-    elapsed, model = timed(int(52 / timed(60)[0] * 60))
+    elapsed, model = timed(int(55 / timed(60)[0] * 60))
     return {"nats": evaluate(model, corpus.valid, segment_len=LESSONS["segment_len"]), "seconds": elapsed}
 
 
