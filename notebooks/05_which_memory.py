@@ -596,7 +596,7 @@ assert copy_band.high("Compressive") < 0.7 * copy_band.low("Transformer-XL")
 # begins with short games, as in chapter 3. (`age`: how many tokens ago the answer stood, 0 where there is none.)
 
 # %% tags=["band"]
-def games(length, seed):
+def short_games(length, seed):
     """Games of `length` tokens: the recall stream in pieces, each of which asks for
     what it has said itself."""
     for tokens, targets, _, age in tasks.recall(512 // length, length, seed):
@@ -611,7 +611,7 @@ def learn_recall(name, seed):
     if name == "Feedback":
         for length, n in (4, 300), (8, 300), (16, 400):
             lesson = dict(steps=n, lr=5e-3, clip=0.1, warmup=20, progress=False)
-            training.train(model, games(length, seed + length), **lesson)
+            training.train(model, short_games(length, seed + length), **lesson)
             steps, how["clip"] = steps - n, 0.1
     n_lanes, length = (2, 256) if name in REREAD else (32, 16)
     stream = tasks.recall(n_lanes, length, seed=1000 + seed)

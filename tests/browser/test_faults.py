@@ -10,7 +10,7 @@ FAULTS = {
     "an equation is cut": (checks.wide, 390, "html", "<div class='math' style='display:block'><div style='width: 900px'>x</div></div>"),
     "a table hides that more follows": (checks.wide, 390, "html", "<div class='pst-scrollable-table-container'><table><tr><td style='background: #eee !important; min-width: 900px'>x</td></tr></table></div>"),
     "an equation is too small": (checks.small, 390, "html", "<div class='math' style='display: block'><svg width='900px' height='20px'></svg></div>"),
-    "code loses its indentation": (checks.outdented, 390, "style", ".bd-article pre.lines > .line { padding-left: 2ch !important }"),
+    "code loses its indentation": (checks.outdented, 390, "style", ".bd-article pre.lines > .line { text-indent: 4ch !important }"),
     "a button covers a picture": (checks.covered, 390, "html", "<figure class='player'><img src='data:image/gif;base64,R0lGODlhAQABAAAAACw=' alt='x' style='height: 90px'><button style='margin-top: -60px'>x</button></figure>"),
     "an arrow is squeezed": (checks.covered, 390, "style", ".prev-next-footer svg.icon { width: 3px !important }"),
     "an equation is wrong": (checks.equations, 390, "html", "<span class='math'><mjx-container><mjx-merror title='Undefined'></mjx-merror></mjx-container></span>"),
