@@ -36,7 +36,7 @@ def test_code_can_be_copied(chapter, site):
     cell.hover()
     cell.locator("button.copybtn").click()
     copied = chapter.evaluate("navigator.clipboard.readText()")
-    assert copied.strip() == cell.locator("pre").inner_text().strip()
+    assert copied.strip() == cell.locator("pre").text_content().strip()
 
 
 def test_copy_buttons_are_seen_on_touch(browser, site):
