@@ -173,16 +173,16 @@ for values in old_ways.values():
     assert values[:, 0].min() > 0.7 and values[:, -1].max() < 0.25
 
 # %% [markdown]
-# Both answer until they run out of slots, a *slot* being the place of one stored state of 64 numbers: with 32 in
-# each of two layers, up to about `32 * 2` tokens, or `(16 + 4 * 16) * 2` where half of them hold four tokens each.
-# Then the answer is gone, though only four values need to be known at a time. Whatever is read takes a slot,
-# important or not, and loses it with age. There are two ways out: *choose* what slots hold (sections 6.3 and 6.4),
-# or do without them (6.5).
+# Transformer-XL answers until it runs out of slots, a *slot* being the place of one stored state of 64 numbers: 32
+# in each of two layers, whose reaches add up to about `32 * 2` tokens. In Compressive half of them hold four tokens
+# each, which makes `(16 + 4 * 16) * 2`, but its answers get worse well before. Yet only four values need to be known
+# at a time. Whatever is read takes a slot, important or not, and loses it with age. Two ways out: *choose* what slots
+# hold (6.3 and 6.4), or do without them (6.5).
 #
-# Today's memories keep keys and values, as the cache of chapter 0 does, and not states, as in chapters 1 and 2. A
-# slot then takes twice the space, but nothing is computed twice. Each memory is a module. It gets the states `x`
-# of a segment, their queries, keys and values, and what it remembers; it returns what the heads read and what it
-# remembers now:
+# Today's memories keep keys and values, as chapter 0's cache does, not states as in chapters 1 and 2. A slot then
+# takes twice the space, but its key and value are computed once. Each memory is a module. It gets the states `x` of a
+# segment, their queries, keys and values, and what it remembers; it returns what the heads read and what it remembers
+# now:
 #
 # `heads, memory = remember(x, q, k, v, memory)`
 #
@@ -349,8 +349,8 @@ for size in (1, 7, 16):
 print("token by token, by 7 and by 16: the same as in one window")
 
 # %% [markdown]
-# The rule of the *latest* queries can hold on to old values, too. One that is often asked for gets attention,
-# and so it stays, however old. What nobody asks for is lost.
+# The rule of the *latest* queries can hold on to old values, too. One that gets attention in each segment stays,
+# however old. What no query asks for is lost.
 #
 # ## 6.4 Pooling by a gate
 #
@@ -499,8 +499,8 @@ for top_k in (None, 2):
 #
 # Now without slots. **Linear attention** (Katharopoulos et al., 2020) leaves out the softmax. What a query reads is
 # then $\sum_i v_i\,(k_i^\top q) = S q$, where a single matrix of `d_head` times `d_head` numbers stands for the
-# whole past, $S = \sum_i v_i k_i^\top$. Each token is added to it, and its size stays. Store the value 5 for key
-# $b$, and then 2:
+# whole past, $S = \sum_i v_i k_i^\top$. Each token adds to it, but it never grows in size. Store the value 5 for
+# key $b$, and then 2:
 
 # %%
 b, five, two = torch.eye(4)[1], 5.0, 2.0  # a key of length 1; values are numbers
@@ -509,7 +509,7 @@ print(f"adding: after b=5 and b=2, what is b? {S @ b:.0f}")
 
 # %% [markdown]
 # It says 7. Adding does not replace. The **delta rule** does: first look up what the state says for this key,
-# $S k$, then write the *difference* between the new value and that,
+# $S k$, then write the *difference* between the new value and that, with strength $\beta_t$,
 #
 # $$
 # S_t = S_{t-1} + \beta_t\,(v_t - S_{t-1} k_t)\, k_t^\top .
@@ -527,9 +527,9 @@ for value in (five, two):
 assert S @ b == two
 
 # %% [markdown]
-# Two more numbers are computed for each token and head: how strongly to write, $\beta_t$, and how much of the old
-# state to keep before that, the **gate** $\alpha_t$ between 0 and 1. Together they make the gated delta rule (Yang
-# et al., 2024),
+# Two numbers are computed for each token and head: the strength $\beta_t$, and how much of the old state to keep
+# before writing, a **gate** $\alpha_t$ between 0 and 1. Together they make the gated delta rule (Yang et al.,
+# 2024),
 #
 # $$
 # S_t = \alpha_t\, S_{t-1}\,(I - \beta_t k_t k_t^\top) + \beta_t v_t k_t^\top , \qquad y_t = S_t q_t ,
@@ -566,11 +566,11 @@ def delta_rule(q, k, v, alpha, beta, S):
 # u_t + \beta_t \sum_{i < t} \frac{\gamma_t}{\gamma_i}\,(k_i^\top k_t)\, u_i = \beta_t\,(v_t - \gamma_t S_0 k_t) .
 # $$
 #
-# That is a triangular system of linear equations for all $u_t$ of the chunk, and one call solves it. $S_0$ appears
-# on the right alone, so the code solves for two right sides, $\beta_t v_t$ (giving `own`) and
-# $\beta_t \gamma_t k_t$ (giving `of_S`), in *all* chunks at once. Then, chunk by chunk, $u_t$ is `own` less $S_0$
-# times `of_S`, and the sum for $S_t$ gives $S_t q_t$ and the next $S_0$. In the code, `decay` holds
-# $\gamma_t / \gamma_i$ (the first `tril` keeps it from overflowing where $i > t$), and `look` that times
+# That is a triangular system of linear equations for all $u_t$ of the chunk, and one call solves it. It only mixes
+# tokens, with numbers as weights, so $S_0$ can be multiplied in afterwards: the code solves for two right sides,
+# $\beta_t v_t$ (giving `own`) and $\beta_t \gamma_t k_t$ (giving `of_S`), in *all* chunks at once. Then, chunk by
+# chunk, $u_t$ is `own` less $S_0$ times `of_S`, and the sum for $S_t$ gives $S_t q_t$ and the next $S_0$. `decay`
+# holds $\gamma_t / \gamma_i$ (the first `tril` keeps it from overflowing where $i > t$), and `look` that times
 # $k_i^\top q_t$. Padding writes nothing: its $\beta$ is 0.
 
 # %% tags=["from-module"]
@@ -612,7 +612,7 @@ print(f"values, state and gradients differ by at most {apart:.0e}")
 assert apart < 1e-10
 
 # %% [markdown]
-# How long do they take? Forward and backward through 1,024 tokens:
+# Forward and backward through 1,024 tokens take:
 
 # %%
 def forward_and_backward(rule, T):
@@ -891,9 +891,9 @@ recall_figure(
 )
 
 # %% [markdown]
-# A window reaches two to three times its length. Looping does not help in the same space. *All* queries and the
-# *latest* differ in one number, `decay`. Why does that matter so much? A sum over all queries only grows. So take
-# the model trained with 0, change the number afterwards, and see how long slots stay:
+# A window reaches two to three times its length. Looped in the same space, it reaches less far. *All* queries and
+# the *latest* differ in one number, `decay`. A sum over all queries only grows, so a slot with much may never leave.
+# Take the model trained with 0, change the number, and see how long slots stay:
 
 # %%
 @torch.no_grad()
@@ -928,9 +928,9 @@ assert by_decay[1.0][0] > by_decay[0.0][0] + 0.1 and by_decay[1.0][2] < by_decay
 assert recall_band.high("all queries")[1:].max() < 0.25
 
 # %% [markdown]
-# With 1, slots stay that were much used long ago, whatever has come since, and the answers get worse. (With 0.5
-# the old answers do not suffer yet.) H2O was made for trained models and for one text at a time; this stream never
-# ends.
+# With 1, slots much used long ago stay, and answers get worse. (With 0.5 the old answers do not suffer yet. In the
+# first layer equal tokens have equal keys, and a later copy counts as the old slot: the shares are too high.)
+# H2O was made for trained models, one text at a time; this stream never ends.
 
 # %% [markdown]
 # ## 6.8 Following the ball
@@ -1075,10 +1075,10 @@ for name in ("up to 1", "vanilla, 4 layers"):
     assert ball_band.high(name)[5:].max() < 0.4
 
 # %% [markdown]
-# One layer is enough for 32 swaps, and about nine times in ten for 128; it computes all swaps of a chunk at
-# once. Are $\beta$ and $k$, for each of the ten swaps, what we derived? The $u$ of two swaps without a common cup are
-# at right angles, so $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. The model may choose its unit vectors
-# for the cups and the signs of its keys, but not these numbers.
+# One layer is right up to the lessons' 32 swaps, and computes all swaps of a chunk at once. Are $\beta$ and
+# $k$, for each of the ten swaps, what we derived? The $u$ of two swaps without a common cup are at right angles, so
+# $|u_i^\top u_j| = 0$. With one cup in common it is 1/2. The model may choose its unit vectors for the cups and the
+# signs of its keys, but not these numbers.
 
 # %%
 @torch.no_grad()
@@ -1206,9 +1206,9 @@ print(f"but {on_start[trigger].mean():.2f} at triggers, where the head has work 
 assert on_start[~trigger].mean() > 5 * on_start[trigger].mean()
 
 # %% [markdown]
-# When the head has no work, it rests much of its weight on the start token. That is the sink: many times what even
-# attention to 17 to 64 tokens would give. Now read far past the 64 of training, with a window of 64 (63
-# slots and the token itself) that drops the start token, one that keeps it, and a cache that keeps everything:
+# When the head has no work, it rests much of its weight on the start token. That is the sink: it gets many times an
+# equal share among 17 to 64 tokens. Now read far past the 64 of training, with a window of 64 (63 slots and the token
+# itself) that drops the start token, one that keeps it, and a cache that keeps everything:
 
 # %%
 sinks = {
@@ -1281,8 +1281,7 @@ assert all(-0.02 < a - b < 0.03 for a, b in zip(kept.tolist(), least))
 # (The dotted line knows the table and the triggers; its high start and its bump at 128 come from the texts. Dashed:
 # the length of training.) The one slot for the start token makes the difference, in every seed, though in one by
 # next to nothing. Without it, presumably, the head has nowhere to rest and mixes in symbols that do not belong
-# there. To keep everything is worse still: the model then meets distances of more than 64, as it never did in
-# training and never does with 63 slots, counted afresh.
+# there. To keep everything is worse still, perhaps because the model then meets distances not met in training.
 #
 # In large models the loss explodes without the first tokens (Xiao et al., 2023). Here, with one head, it merely
 # rises.
@@ -1319,15 +1318,15 @@ halves = [sum(part) / 5 for part in (losses[:5], losses[5:])]
 assert abs(halves[0] - halves[1]) < 0.05 and len(set(space)) == 1
 
 # %% [markdown]
-# The state does not grow, nor does the loss, which goes up and down with the texts. Such a cache is for endless
-# streams, but remembers no more than its window.
+# The state does not grow, nor does the loss. (Its ups and downs are the texts': the lowest possible loss, not shown,
+# has the same.) Such a cache is for endless streams, but remembers only its window.
 
 # %% [markdown]
 # ## 6.10 On text, and what it costs
 #
-# Tiny Shakespeare again, with the sizes, the characters and the validation text of chapter 5. The five below have
-# equally many parameters, to within one percent. First at equal tokens, then at equal minutes: as long as chapter 5's
-# vanilla needs for 300 steps, by ratios measured once.
+# Tiny Shakespeare again, with chapter 5's sizes, characters and validation text. The five below have equally many
+# parameters, within one percent. First at equal tokens, then at equal minutes: as long as chapter 5's vanilla
+# needs for 300 steps, by ratios measured once.
 
 # %% tags=["band"]
 SIZES = dict(d_model=64, n_heads=4, n_layers=2, d_ff=256)
@@ -1491,16 +1490,15 @@ growth = {name: times[-1] / times[1] for name, times in per_token.items()}  # fr
 assert growth["attention"] > 1.5 * growth["in chunks"]
 
 # %% [markdown]
-# For short texts PyTorch's attention, one fused call, is far ahead. But a token is compared with all before it, and
-# so gets dearer with length, while the rule does the same arithmetic for each. (Why its line rises all the same, we
-# did not look into.) Where the two meet, here after thousands of tokens, depends on machine and code: on a GPU
-# people write kernels for both.
+# For short texts PyTorch's attention, one fused call, is far ahead. But it compares a token with all before it, while
+# the rule does the same arithmetic for each. (Why its line rises all the same, we did not look into.) Where the two
+# meet, here after thousands of tokens, depends on machine and code: on GPUs both have their own kernels.
 
 # %% [markdown]
 # ### Space
 #
 # What must be held of a text between two calls? Here are the models of the recall task, which stop growing; a cache
-# without a limit; and pooling with `top_k`, which keeps its tokens and the blocks besides:
+# without a limit; and pooling with `top_k`, which keeps tokens and blocks:
 
 # %%
 @torch.no_grad()
