@@ -851,7 +851,8 @@ def writing(name, n):
     """Tokens a second after n tokens, and the bytes of state."""
     model, memory = writer(name, n), full(name, n, DEEP, writing=True)
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    timing = dict(warmup=n <= 1000, rounds=5 if n <= 1000 else 1, device=device)
+    slow = name in REREAD and n > 1000  # a second or so for each token
+    timing = dict(warmup=not slow, rounds=1 if slow else 15, device=device)
     seconds = measure.seconds(lambda: model(token, memory), **timing)
     return 1 / seconds, measure.nbytes(memory)
 
@@ -907,7 +908,8 @@ def training_step(name, n):
 def trained(name, n):
     """Tokens a second, and the most bytes held in the step (0: not measured)."""
     step, size = training_step(name, n)
-    timing = dict(warmup=n <= 1000, rounds=5 if n <= 1000 else 1, device=device)
+    rounds = {100: 15, 1000: 5}.get(n, 1)
+    timing = dict(warmup=n <= 1000, rounds=rounds, device=device)
     peak = measure.peak_bytes(step, device) if n <= 1000 else 0
     return size / measure.seconds(step, **timing), peak
 
