@@ -1922,8 +1922,8 @@ exercises.check("6.2", my_product)
 # </details>
 #
 # **6.3 One step** *(fill in; middle; 10 minutes)* Write one step of the gated delta rule for one head. The key
-# comes as it was projected, of any length; the layer brings it to length one first. (`d_v` and `d_k` are the
-# lengths of value and key.)
+# comes as it was projected, of any length; the layer brings it to length one first. (`d_v` and `d_k` are how many
+# numbers value and key have.)
 
 # %% tags=["exercise"]
 def my_step(S, k, v, alpha, beta):

@@ -34,7 +34,13 @@ got = [4, 1, 2, 7, 3, 9, 5, 1, 8, 2]
 compare(
     "6.1",
     right=slots,
-    cases=[(got,), ([9, 8, 1, 2, 3, 4, 7, 6, 5],), ([1, 2, 3, 4],), (got[::-1],)],
+    cases=[
+        (got,),
+        ([9, 8, 1, 2, 3, 4, 7, 6, 5],),
+        ([1, 2, 3, 4],),
+        (got[::-1],),
+        ([9, 0, 1, 9, 2, 3, 0, 0, 0, 0],),  # an amount of the middle is a sink's, too
+    ],
     without=["Cache", "stays"],
     mistakes={
         "the most used are two of the rest: sinks and the latest stay anyway": (
@@ -70,7 +76,7 @@ compare(
     "6.2",
     right=product,
     cases=[
-        (torch.tensor([1.0, 0]), torch.tensor([0.0, 1]), 1),
+        (torch.tensor([1.0, 0]), torch.tensor([1.0, 1]), 1),
         (torch.tensor([1.0, 2, 3, 4]), torch.tensor([4.0, 3, 2, 1]), 5),
         (random(8), random(8, seed=1), 0),
         (random(8), random(8, seed=1), 30),
@@ -85,6 +91,9 @@ compare(
         ),
         "each pair has a speed of its own": lambda *case: product(*case, speeds=False),
         "the angle grows with the distance n": lambda q, k, n: product(q, k, n > 0),
+        "the turn also takes a part of each number to the other of its pair": (
+            lambda *case: product(*case, sign=0)
+        ),
         "that is the product without a turn": lambda q, k, n: q @ k,
     },
 )
@@ -148,7 +157,14 @@ def sizes(n, d_model, H, L, number=4, both=2, got=True, in_window=None, grows=Fa
 compare(
     "6.4",
     right=sizes,
-    cases=[(1, 16, 2, 3), (39, 128, 4, 4), (75, 64, 4, 1), (20_000, 128, 4, 4)],
+    cases=[
+        (1, 16, 2, 3),
+        (36, 64, 4, 1),
+        (39, 128, 4, 4),
+        (75, 64, 4, 1),
+        (163, 128, 4, 4),
+        (20_000, 128, 4, 4),
+    ],
     mistakes={
         "a number takes four bytes": lambda *case: sizes(*case, number=1),
         "a slot is a key and a value": lambda *case: sizes(*case, both=1),

@@ -101,7 +101,7 @@ exercises.check("6.3", my_step)
 # ## 6.4 Bytes
 #
 # A slot of the cache is a key and a value, `d_model` numbers each over all heads, and for each head what it got. Of the pooled memory, up
-# to 32 slots and 32 to 35 tokens are kept, a key and a value each. A delta rule has `H` states of `d_head` times
+# to 32 slots and, once the window is full, 32 to 35 tokens are kept, a key and a value each. A delta rule has `H` states of `d_head` times
 # `d_head`: that is `d_model * d_head` numbers, from the first token on.
 
 # %% tags=["exercise"]
