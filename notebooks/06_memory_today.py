@@ -2004,7 +2004,8 @@ exercises.check("6.6", my_view)
 # </details>
 #
 # **6.7 Two at once** *(derive; hard; 25 minutes)* Take a chunk of two tokens. Compute what they write, $u_1$ and
-# $u_2$, from the state *before* the chunk, without forming the state in between. The keys have length one.
+# $u_2$, from the state *before* the chunk, without forming the state in between (the check cannot see whether you
+# do). The keys have length one.
 
 # %% tags=["exercise"]
 def my_writes(S, k, v, alpha, beta):
