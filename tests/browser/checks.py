@@ -32,7 +32,7 @@ WIDE = """() => {
   return faults;
 }"""
 
-# 88 columns of code fit: what is not longer does not wrap.
+# What wraps of a line of code does not stand to the left of where the line begins.
 OUTDENTED = """() => [...document.querySelectorAll(".bd-article .highlight pre")].flatMap((pre) =>
   [...pre.querySelectorAll(".line")].filter((line) => {
     const words = document.createRange(), blank = line.querySelector(".blank");
@@ -41,6 +41,7 @@ OUTDENTED = """() => [...document.querySelectorAll(".bd-article .highlight pre")
     const boxes = [...words.getClientRects()].filter((box) => box.width > 1);
     return boxes.some((box) => box.top > boxes[0].bottom - 2 && box.left < boxes[0].left + 2);
   }).map((line) => line.textContent).concat(pre.querySelector(".line") ? [] : [pre.textContent]))"""
+
 COVERED = """() => {
   const box = (element) => element.getBoundingClientRect(), found = [];
   for (const player of document.querySelectorAll("figure.player")) {
@@ -52,6 +53,8 @@ COVERED = """() => {
   }
   return found;
 }"""
+
+# 88 columns of code fit: what is not longer does not wrap.
 WRAPS = """() => {
   const style = document.createElement("style");
   style.textContent = "article pre { white-space: pre !important }";
