@@ -1318,8 +1318,8 @@ halves = [sum(part) / 5 for part in (losses[:5], losses[5:])]
 assert abs(halves[0] - halves[1]) < 0.05 and len(set(space)) == 1
 
 # %% [markdown]
-# The state does not grow, nor does the loss. (Its ups and downs are the texts': the lowest possible loss, not shown,
-# has the same.) Such a cache is for endless streams, but remembers only its window.
+# The state does not grow, and the loss goes up and down but does not grow either. Such a cache is for endless
+# streams, but remembers only its window.
 
 # %% [markdown]
 # ## 6.10 On text, and what it costs
@@ -1387,7 +1387,7 @@ figures.show(
     f"Validation losses on {corpus.name}. At equal tokens the memories of this chapter "
     "lie close together, near Transformer-XL and the Compressive Transformer of "
     "chapter 5. At equal minutes pooling and the window lead and the looped window "
-    "comes last. All are ahead of vanilla, both times.",
+    "comes last. All five are ahead of vanilla, both times.",
 )
 
 # %%
