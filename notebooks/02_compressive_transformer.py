@@ -130,7 +130,7 @@ def frame(n, *parts):
             look = dict(facecolor=color, edgecolor="black")
             look["linewidth"] = 2.5 if leaves else 0.5
             axes.add_patch(plt.Rectangle((first + place, 0), 0.9, 0.9, **look))
-            label = f"{slot[0]}" if len(slot) == 1 else f"{slot[0]}–{slot[-1]}"
+            label = f"{slot[0]}" if len(slot) == 1 else f"{slot[0]}–\n{slot[-1]}"
             text = dict(ha="center", va="center", fontsize=10, color="white")
             axes.text(first + place + 0.45, 0.45, label, **text)
         axes.text(start + size / 2 - 0.05, 1.15, name, ha="center", color=color)
