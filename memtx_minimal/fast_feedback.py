@@ -47,7 +47,7 @@ def by_layer(weights):
 def outside_autocast(work):
     """Without autocast, so that the loops compute with the numbers they are given."""
 
-    def work_outside(first, tensor, *rest):
+    def work_outside(first, tensor, *rest):  # first is ctx in a backward pass
         with inputs.autocast(tensor.device.type, enabled=False):
             return work(first, tensor, *rest)
 
@@ -84,7 +84,7 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
 
     x (B, T, d_model), keys and values kv (2, B, H, K, d_head), alpha (L + 1), positions
     (mem_len, d_head); gain, shift and W_kv, from vectors to keys and values; then ten
-    weights for each layer -> Kept.
+    weights for each layer, whose matrices are transposed first -> Kept.
     """
     (B, T, d_model), (_, _, H, K, d_head) = x.shape, kv.shape
     layers = by_layer([w.T if w.dim() == 2 else w for w in layers])
@@ -111,7 +111,7 @@ def run(x, kv, alpha, positions, gain, shift, W_kv, *layers):
                 gain_q, shift_q, W_q, W_o, gain_1, shift_1, W_1, b_1, W_2, b_2 = layer
                 if n > 0:
                     normed = normalise(x_t, gain_q, shift_q)[0]
-                    q.addmm_(normed, W_q, beta=0, alpha=scale)
+                    q.addmm_(normed, W_q, beta=0, alpha=scale)  # beta=0: overwrites q
                 scores = torch.bmm(q.view(B * H, 1, d_head), keys.mT)  # (BH, 1, A)
                 torch.softmax(scores, dim=-1, out=weights)
                 torch.bmm(weights, values, out=head.view(B * H, 1, d_head))
@@ -143,10 +143,10 @@ def by_step(tensor):
 def step_back(g_vector, alpha, layers, attention, rows, keys, values):
     """The errors of one step, from its last layer down to the lowest queries.
 
-    g_vector (B, d_model) at the memory vector, of which the share alpha[n] is the input
-    of layer n; rows with what each layer had inside, and with the places of its errors,
-    the one at its output filled in. Returns lists over the layers: errors at scores
-    (BH, 1, A), at heads (BH, 1, d_head).
+    g_vector (B, d_model) at the memory vector, in which state n, the input of layer n,
+    has the share alpha[n]; rows with what each layer had inside, and with the places of
+    its errors, the one at the top output filled in. Returns lists over the layers:
+    errors at scores (BH, 1, A), at heads (BH, 1, d_head).
     """
     g_scores, g_heads, scale = [], [], keys.size(2) ** -0.5
     for n in reversed(range(len(layers))):
@@ -184,7 +184,7 @@ def empty_sums(kept, positions, layers):
     """Sums to begin with."""
     (T, B, d_model), (_, _, H, K, d_head) = kept.vectors.shape, kept.kv.shape
     gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
-    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # of these shapes
+    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # sums of errors: like gain, bias
     return Sums(
         *positions.new_empty(2, T, B, d_model).unbind(),
         positions.new_empty(T, B, 2 * d_model),
@@ -232,8 +232,8 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         left[0, :, row, columns] = g_scores
         left[1, :, row, columns] = attention.squeeze(2).transpose(0, 1)
         right[1, :, row] = g_heads
-        later, at_row = left[:, :, row, mem_len:], right[:, :, row]
-        near.baddbmm_(later.flatten(0, 1).mT, at_row.flatten(0, 1))
+        near_columns, at_row = left[:, :, row, mem_len:], right[:, :, row]
+        near.baddbmm_(near_columns.flatten(0, 1).mT, at_row.flatten(0, 1))
     (gain_q, _, W_q, *_), stats = layers[0], (stat[0] for stat in x_stats)
     g_normed = normalise_back(g_queries[0] @ W_q, states[0], *stats, gain_q)
     sums.x[steps] = g_normed + g_middles[0] + shares[0] * sums.vectors[steps]
@@ -255,13 +255,13 @@ def add_slots(first, left, right, S, sums):
 
 def add_weights(errors, x_hat, heads, middle_hat, hidden, sums):
     """A block's share in the sums of errors, and of products with them."""
-    W_q, sum_q, W_o, W_1, sum_hidden, W_2, sum_output = sums
+    G_q, sum_q, G_o, G_1, sum_hidden, G_2, sum_output = sums
     errors = errors._replace(states=errors.states[1:])
     g, g_middle, g_q, g_hidden = (e.flatten(1, 2) for e in errors)  # (L, S * B, ...)
-    W_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
-    W_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
-    W_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
-    W_2.baddbmm_(g.mT, hidden.flatten(1, 2))
+    G_q.baddbmm_(g_q.mT, x_hat.flatten(1, 2))
+    G_o.baddbmm_(g_middle.mT, heads.flatten(1, 2))
+    G_1.baddbmm_(g_hidden.mT, middle_hat.flatten(1, 2))
+    G_2.baddbmm_(g.mT, hidden.flatten(1, 2))
     sum_q += g_q.sum(dim=1)
     sum_hidden += g_hidden.sum(dim=1)
     sum_output += g.sum(dim=1)
@@ -277,25 +277,25 @@ def behind_norm(G, g, gain, shift, W):
 
 def layer_errors(layer, sums):
     """The errors at a layer's ten weights, from its share of Sums.layers."""
-    G_q, sum_q, W_o, G_1, sum_hidden, W_2, sum_output = sums
+    G_q, sum_q, G_o, G_1, sum_hidden, G_2, sum_output = sums
     at_query = behind_norm(G_q, sum_q, *layer[:3])
     at_hidden = behind_norm(G_1, sum_hidden, *layer[4:7])
-    return *at_query, W_o, *at_hidden, sum_hidden, W_2, sum_output
+    return *at_query, G_o, *at_hidden, sum_hidden, G_2, sum_output
 
 
 class Segment(Function):
     """A segment for autograd, all steps at once.
 
     Takes what run takes, with the M old slots alone -> outputs and memory vectors,
-    (B, T, d_model) each, and all slots. Only the outputs have gradients; second
-    derivatives are refused.
+    (B, T, d_model) each, and all slots. Errors are taken at the outputs alone, and
+    second derivatives are refused.
     """
 
     @staticmethod
     def forward(ctx, x, kv, *weights):
         slots = pad(kv.type_as(x), (0, 0, 0, x.size(1)))  # T more
         layers = (w.T.contiguous().T if w.dim() == 2 else w for w in weights[5:])
-        kept = run(x, slots, *weights[:5], *layers)  # read T times: worth the copies
+        kept = run(x, slots, *weights[:5], *layers)  # w.T, read T times: worth a copy
         ctx.save_for_backward(*weights, *kept[:7], *kept.attention)
         ctx.n = len(weights)
         outputs, vectors = kept.results()
@@ -349,7 +349,7 @@ def tree(module):
 
 def traits(module):
     """All that decides what a call of a module does, but the numbers in its weights."""
-    own = module.__dict__
+    own = module.__dict__  # its keys, too: is forward among them?
     weights = [*map(type, own["_parameters"].values())]
     hooks = len(own["_forward_pre_hooks"]) + len(own["_forward_hooks"])
     hooks += len(own["_backward_pre_hooks"]) + len(own["_backward_hooks"])
@@ -459,7 +459,9 @@ class Cache(NamedTuple):
         if self.taken[0] == self.end and end <= self.kv.size(-2):
             self.taken[0] = end
             return self._replace(end=end)
-        kv, room = self.latest(mem_len), max(T, ROOM) if self.end else T
+        kv = self.latest(mem_len)
+        # Where a text begins, nothing is spare: perhaps nobody goes on with it.
+        room = max(T, ROOM) if self.end else T
         end = kv.size(-2) + T
         return Cache(pad(kv, (0, 0, 0, room)), end, [end])
 
