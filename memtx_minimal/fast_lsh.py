@@ -1,7 +1,7 @@
 """Appendix B: hashed attention, faster. The same results as in reformer.py.
 
-Three changes: labels of 16 bits decide who sees whom; exponentials have base 2; and no
-scores are kept, the backward pass computes them again, a few chunks at a time.
+Four changes: codes of 16 bits decide who sees whom; exponentials have base 2; no scores
+are kept, the backward pass computes them again; and it all goes some chunks at a time.
 
 Letters in the shape comments: B batch, T tokens, H heads, P hash rounds, w tokens in a
 chunk, BHT = B * H * T rows (the vectors of all heads, one after the other), G = BHT / w
@@ -32,7 +32,8 @@ def sort_and_code(buckets, w, same_bucket=True):
     heads = torch.arange(rows.size(1), device=rows.device)[:, None]
     keys = (rows + heads * (1 + rows.max())).flatten(1)  # (P, BHT), head by head
     order = torch.stack([key.argsort(stable=True) for key in keys])
-    chunk = torch.arange(order.size(1), device=order.device) % T // w  # (BHT,)
+    chunk = torch.arange(order.size(1), device=order.device) % T // w  # of n-th row
+    # Scattered to where each row stands in the text: from here on, chunk[i] is row i's.
     chunk = torch.empty_like(order).scatter_(1, order, chunk.expand_as(order))
     return order, chunk + 2 * rows.flatten(1) if same_bucket else chunk
 
@@ -62,7 +63,8 @@ def masked_scores(q, k, order, labels, r, w, T, count_once):
     """
     q, k = chunks(q, order[r], w), windows(k, order[r], w)
     a = chunks(labels, order[r], w)  # (G, w, P + 1)
-    b = windows(labels, order[r], w).contiguous()  # (G, P + 1, 2w)
+    # A copy, (G, P + 1, 2w): the next line writes, and windows overlap.
+    b = windows(labels, order[r], w).contiguous()
     b[:: T // w, -1, :w] = T  # before a head's first chunk lies nothing: call it future
     self_mask = F.pad(SELF * torch.eye(w).to(q), (w, 0))  # (w, 2w)
     others = [o for o in range(len(order)) if o != r and count_once]
@@ -72,7 +74,7 @@ def masked_scores(q, k, order, labels, r, w, T, count_once):
         scores = torch.baddbmm(self_mask, q[s], k[s], beta=LOG2E, alpha=LOG2E)
         outside = difference(r).bitwise_right_shift_(1)  # 0 if the difference is 0 or 1
         outside |= difference(-1).lt_(0)  # in the future
-        scores.sub_(outside.ne_(0), alpha=-NEVER)
+        scores.sub_(outside.ne_(0), alpha=-NEVER)  # adds NEVER to what is hidden
         N_ij = 1 + sum(difference(o).bitwise_right_shift_(1).eq_(0) for o in others)
         yield s, q[s], k[s], scores, torch.as_tensor(N_ij).to(q)
 
@@ -128,6 +130,7 @@ class HashedAttention(torch.autograd.Function):
     @staticmethod
     @full_precision
     def forward(ctx, q, k, v, order, labels, *how):
+        # Lower than any score: the first round replaces it.
         top, total, out = q.new_full((len(q), 1), 2 * NEVER), 0, 0
         for r in range(len(order)):
             new, t, o = attend(q, k, v, order, labels, r, *how)
