@@ -550,8 +550,8 @@ print(f"{of_model['plain'] / of_model['fast']:.1f} times as fast")
 assert of_model["fast"] < 1.3 * of_model["plain"]
 
 # %% [markdown]
-# The whole step gains a smaller factor than attention alone: hashing, projections, feed-forward and the output layer are as they were. (Its
-# reversible layers run attention's forward pass twice: once more in the backward pass.)
+# The rest of a step takes as long as before: hashing, projections, feed-forward and the output layer. Attention's forward pass, where most is
+# gained, counts twice, because reversible layers run it once more in the backward pass.
 #
 # ## B.7 Exercises
 #
