@@ -70,7 +70,7 @@ class Memory(nn.Module):
         keys, values = kv.permute(3, 2, 0, 4, 1, 5)
         oldest = len(self.positions) - keys.size(-2)
         keys = keys + self.positions[oldest:]  # ages M ... 2, 1
-        return keys.contiguous(), values.contiguous()
+        return keys.contiguous(), values.contiguous()  # once, not in every layer
 
 
 def embed(model, tokens):
@@ -85,7 +85,7 @@ def step(model, x, kv):
     keys, values = model.memory.seen(kv)
     states = [x]
     for n, layer in enumerate(model.layers):
-        n_kv = n % len(keys)  # 0 for every layer if they share keys and values
+        n_kv = n % len(keys)  # which set: 0 for every layer if they share one
         states.append(layer(states[-1], keys[n_kv], values[n_kv]))
     return states[-1], model.memory.vector(states)
 
