@@ -98,73 +98,60 @@ compare(
     },
 )
 
-# ---------------------------------------------------------------- 4.4: places
+# ---------------------------------------------------------------- 4.4: strictly causal
 
 
-def places(buckets, w):
-    return sum(w * math.ceil(buckets.count(b) / w) for b in set(buckets))
+def by_rank(buckets, w):
+    return [buckets[:i].count(bucket) // w for i, bucket in enumerate(buckets)]
+
+
+def by_place(buckets, w):
+    order = sorted(range(len(buckets)), key=lambda i: (buckets[i], i))
+    return [order.index(i) // w for i in range(len(buckets))]
+
+
+def causal_sets(buckets, w, near=(0, 1), alike=True, before=True, chunk_of=by_rank):
+    """The options make the usual mistakes."""
+    chunk, last = chunk_of(buckets, w), lambda i: i + 1 if before else len(buckets)
+
+    def seen(i, j):
+        return chunk[i] - chunk[j] in near and (buckets[i] == buckets[j] or not alike)
+
+    return [[j for j in range(last(i)) if seen(i, j)] for i in range(len(buckets))]
 
 
 compare(
     "4.4",
-    right=places,
-    cases=[([0, 0, 0, 1], 2), ([3, 3, 3, 3], 4)] + [(random_buckets(32, 1024, 0), 64)],
+    right=causal_sets,
+    cases=[([1, 0, 1, 1, 0, 1], 2), ([0, 1, 1, 0, 0, 1, 1, 0, 0], 2)]
+    + [(random_buckets(4, 5 + n, n), 1 + n % 6) for n in range(20)]
+    + [([0] * 6, 2)],
+    without=["in_set", "attention_weights"],
     mistakes={
-        "each bucket is padded to whole chunks by itself": (
-            lambda buckets, w: w * math.ceil(len(buckets) / w)
+        "a chunk looks at the one before it, too": lambda h, w: causal_sets(
+            h, w, near=(0,)
         ),
-        "round up: a started chunk takes a whole one": (
-            lambda buckets, w: sum(w * (buckets.count(b) // w) for b in set(buckets))
+        "only keys of the same bucket": lambda h, w: causal_sets(h, w, alike=False),
+        "no key of the future": lambda h, w: causal_sets(h, w, before=False),
+        "no farther than one chunk back": lambda h, w: causal_sets(
+            h, w, near=range(99)
         ),
-        "places, not chunks": lambda buckets, w: places(buckets, w) // w,
-        "a bucket that is a whole number of chunks needs no other": (
-            lambda buckets, w: sum(
-                w * (buckets.count(b) // w + 1) for b in set(buckets)
+        "chunks are counted within each bucket, not along the sorted row": (
+            lambda h, w: causal_sets(h, w, chunk_of=by_place)
+        ),
+        "the rank counts earlier tokens only, so the first has rank 0": (
+            lambda h, w: causal_sets(
+                h,
+                w,
+                chunk_of=lambda h, w: [
+                    h[: i + 1].count(bucket) // w for i, bucket in enumerate(h)
+                ],
             )
         ),
     },
 )
 
-# ---------------------------------------------------------------- 4.5: sets
-
-
-def sets(buckets, w):
-    h = torch.tensor(buckets)
-    chunk = h.argsort(stable=True).argsort() // w
-    found = in_set(h[:, None], chunk[:, None], h, chunk).tril()  # (T, T)
-    return [row.nonzero().flatten().tolist() for row in found]
-
-
-def sets_by(buckets, w, near=(0, 1), alike=True, before=True):
-    """The same in plain Python; the options make the usual mistakes."""
-    order = sorted(range(len(buckets)), key=lambda i: (buckets[i], i))
-    chunk = {i: place // w for place, i in enumerate(order)}
-
-    def seen(i, j):
-        return chunk[i] - chunk[j] in near and (buckets[i] == buckets[j] or not alike)
-
-    last = lambda i: i + 1 if before else len(buckets)
-    return [[j for j in range(last(i)) if seen(i, j)] for i in range(len(buckets))]
-
-
-compare(
-    "4.5",
-    right=sets,
-    cases=[([1, 0, 1, 1, 0, 1], 2)]
-    + [(random_buckets(4, 5 + n, n), 1 + n % 6) for n in range(20)]
-    + [([0] * 6, 2)],
-    without=["in_set", "attention_weights"],
-    mistakes={
-        "a chunk looks at the one before it, too": lambda h, w: sets_by(
-            h, w, near=(0,)
-        ),
-        "only keys of the same bucket": lambda h, w: sets_by(h, w, alike=False),
-        "no key of the future": lambda h, w: sets_by(h, w, before=False),
-        "no farther than one chunk back": lambda h, w: sets_by(h, w, near=range(99)),
-    },
-)
-
-# ---------------------------------------------------------------- 4.6: back
+# ---------------------------------------------------------------- 4.5: back
 
 
 def undo(y1, y2, F, G):
@@ -182,7 +169,7 @@ def G_(x):
 
 streams = [(torch.tensor([1.0]), torch.tensor([2.0])), (random(4), random(4, seed=1))]
 compare(
-    "4.6",
+    "4.5",
     right=undo,
     cases=[(*pair, F_, G_) for pair in streams],
     mistakes={
@@ -197,10 +184,10 @@ compare(
     },
 )
 
-# ---------------------------------------------------------------- 4.7: not put back
+# ---------------------------------------------------------------- 4.6: not put back
 
 
-@exercise("4.7")
+@exercise("4.6")
 def check_broken(relative):
     """How far gradients are off if the random state is not put back."""
     if number(relative) is None:
