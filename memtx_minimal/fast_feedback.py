@@ -184,7 +184,7 @@ def empty_sums(kept, positions, layers):
     """Sums to begin with."""
     (T, B, d_model), (_, _, H, K, d_head) = kept.vectors.shape, kept.kv.shape
     gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
-    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # sums of errors: like gain, bias
+    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # vectors: sums, of such shapes
     return Sums(
         *positions.new_empty(2, T, B, d_model).unbind(),
         positions.new_empty(T, B, 2 * d_model),
@@ -210,7 +210,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     inside = hidden.sign(), middles, *middle_stats, states[:-1], *x_stats
     g, g_middles, g_queries, g_hidden = errors
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
-    rows = list(zip(*map(by_step, inside + places)))
+    rows = list(zip(*map(by_step, inside + places)))  # a step: twelve, by layer
 
     left = positions.new_zeros(2, BH, S * L, mem_len + S)
     right = positions.new_empty(2, BH, S * L, d_head)
@@ -225,6 +225,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
         sums.vectors[t], attention = g_vector, kept.attention[t]
+        # Turned: a layer has its twelve, as step_back wants them.
         inside_out = attention, [*zip(*rows[r])], *kept.seen(t, positions)
         back = step_back(g_vector, shares, layers, *inside_out)
         g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
@@ -460,7 +461,7 @@ class Cache(NamedTuple):
             self.taken[0] = end
             return self._replace(end=end)
         kv = self.latest(mem_len)
-        # Where a text begins, nothing is spare: perhaps nobody goes on with it.
+        # Where a text begins there is no room to spare: it may never go on.
         room = max(T, ROOM) if self.end else T
         end = kv.size(-2) + T
         return Cache(pad(kv, (0, 0, 0, room)), end, [end])

@@ -19,7 +19,7 @@ from memtx_minimal.reformer import SELF, LSHAttention, Reformer, lsh_attention
 
 NEVER = -1e9  # in place of -inf: a finite number has a difference to every other
 LOG2E = math.log2(math.e)  # exp(x) = exp2(LOG2E * x)
-PAIRS = 2**19  # scores held at a time: 2 MiB, which stay in the processor's cache
+PAIRS = 2**19  # scores held at a time: 2 MiB
 
 
 def sort_and_code(buckets, w, same_bucket=True):

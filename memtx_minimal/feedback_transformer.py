@@ -70,7 +70,7 @@ class Memory(nn.Module):
         keys, values = kv.permute(3, 2, 0, 4, 1, 5)
         oldest = len(self.positions) - keys.size(-2)
         keys = keys + self.positions[oldest:]  # ages M ... 2, 1
-        return keys.contiguous(), values.contiguous()  # once, not in every layer
+        return keys.contiguous(), values.contiguous()  # not in each layer anew
 
 
 def embed(model, tokens):

@@ -1,8 +1,7 @@
 """Reformer: attention among the likely keys alone, in layers that keep no activations.
 
 Kitaev, Kaiser, Levskaya, ICLR 2020 (arXiv 2001.04451). Letters in the shape comments:
-B batch, T tokens, H heads, d_model = H * d_head, P hash rounds, w tokens in one of G
-chunks.
+B batch, T tokens, H heads, d_model = H * d_head, P hash rounds, G chunks of w tokens.
 """
 
 import math

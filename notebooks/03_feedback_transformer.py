@@ -20,25 +20,23 @@
 # To run this notebook, type `make lab` in your copy of the project.
 
 # %% [markdown]
-# In a transformer, layer 1 never learns what layer 4 found out, not even one token later: each layer
-# reads only the layer below it. The **Feedback Transformer** ([Fan et al.,
-# 2020](https://arxiv.org/abs/2002.09402)) lifts this limit. At each token the outputs of *all*
-# layers are mixed into one memory vector, and *every* layer of every later token attends to these
-# vectors. The price: unlike in *parallel* transformers, tokens cannot be computed side by side.
+# In a transformer, layer 1 never learns what layer 4 found out, not even one token later: each layer reads only the layer
+# below it. The **Feedback Transformer** ([Fan et al., 2020](https://arxiv.org/abs/2002.09402)) lifts this limit. At each
+# token the outputs of *all* layers are mixed into one memory vector, and *every* layer of every later token attends to
+# these vectors. The price: unlike in *parallel* transformers, tokens cannot be computed side by side.
 #
 # **After this chapter you can**
 # - say what a transformer of fixed depth does not learn, and show it in an experiment;
 # - write a transformer with feedback memory, with keys and values per layer or shared;
-# - name a task that neither a small recurrent network nor a parallel transformer does well, and say why
-# feedback does;
+# - name a task that neither a small recurrent network nor a parallel transformer does well, and why feedback does;
 # - measure what training, generation and memory cost, and generate with a cache.
 #
-# **You need** PyTorch, and attention with queries, keys and values. Chapter 1 helps but is not
-# required. Two words from it: a text is read in *segments* of `T` tokens; and a *Transformer-XL* is a
-# transformer whose layers also attend to what the layer below them computed in the segment before.
+# **You need** PyTorch, and attention with queries, keys and values. Chapter 1 helps but is not required. Two words from
+# it: a text is read in *segments* of `T` tokens; and a *Transformer-XL* is a transformer whose layers also attend to what
+# the layer below them computed in the segment before.
 #
-# **Time and memory.** About 6 minutes and 1 GiB on two CPU cores. The notebook trains some twenty-five small
-# models while you read. The last cell prints what it took on your machine.
+# **Time and memory.** 6 to 7 minutes and 1 GiB on two CPU cores. The notebook trains some twenty-five small models while
+# you read. The last cell prints what it took on your machine.
 
 # %% tags=["colab-install"]
 import importlib.util
@@ -91,10 +89,10 @@ print(f"PyTorch {torch.__version__} on {device}")
 # | `L` | layers | `mem_len` | the most states that memory holds |
 # | `N` | tokens in a whole text | `d_ff` | width inside the feed-forward |
 #
-# The idea in one picture: who may look at whom, at *one* step. (*Vanilla* is the plain transformer of
-# chapter 0: it sees only its own segment, the window.) Positions run across, layers go up. The blue step is
-# being computed; it reads what is orange. In the last picture the grey columns had to be finished, one after
-# the other, before their orange squares existed. That is the price.
+# The idea in one picture: who may look at whom, at *one* step. (*Vanilla* is the plain transformer of chapter 0: it sees
+# only its own segment, the window.) Positions run across, layers go up. The blue step is being computed; it reads what is
+# orange. In the last picture the grey columns had to be finished, one after the other, before their orange squares
+# existed. That is the price.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(3, 1, figsize=(6.4, 7.2))
@@ -115,11 +113,10 @@ figures.show(
 # %% [markdown]
 # ## 3.1 The problem: depth is the only clock
 #
-# A ball lies under cup 0, the first of five. A token swaps two of them, so there are ten tokens. Where is
-# the ball after each swap? (The stream of games gives tokens, targets, and a third item that tells the training
-# loop that new games begin, so that memory starts empty.) The task is easy for anyone who can remember
-# one number: keep the place, and update it at each swap. Counting how often each swap has occurred is not
-# enough, since their order matters.
+# A ball lies under cup 0, the first of five. A token swaps two of them, so there are ten tokens. Where is the ball after
+# each swap? (The stream of games gives tokens, targets, and a third item that tells the training loop that new games
+# begin, so that memory starts empty.) The task is easy for anyone who can remember one number: keep the place, and update
+# it at each swap. Counting how often each swap has occurred is not enough, since their order matters.
 
 # %%
 pairs = torch.combinations(torch.arange(5))  # (10, 2): what the ten tokens mean
@@ -129,9 +126,9 @@ for token, cup in zip(tokens[0], targets[0]):
     print(f"token {token}: swap cups {a} and {b}   the ball is now under cup {cup}")
 
 # %% [markdown]
-# All models get the same *lessons*, the first with games of two swaps, the last with games of 32. A lesson
-# is one run of the course's training loop, with its own warm-up and decay; `scale` multiplies its learning rate.
-# (`clip` bounds the gradients. It was chosen once for each task and not varied.)
+# All models get the same *lessons*, the first with games of two swaps, the last with games of 32. A lesson is one run of
+# the course's training loop, with its own warm-up and decay; `scale` multiplies its learning rate. (`clip` bounds the
+# gradients. It was chosen once for each task and not varied.)
 
 # %% tags=["band"]
 GAMES = dict(vocab_size=10, d_model=64, n_heads=4, d_ff=256)
@@ -165,8 +162,8 @@ def exam(model, length=32, n_games=1000):
     return (logits.argmax(dim=-1) == targets).float().mean(dim=0).tolist()
 
 # %% [markdown]
-# The vanilla transformer takes these lessons with 1, 2, 4 and 8 layers, at 0.3 of the learning rates. Is
-# that too low, or too high? `rate_scores` trains four layers at the full rates and at 0.1 of them, too.
+# The vanilla transformer takes these lessons with 1, 2, 4 and 8 layers, at 0.3 of the learning rates. Is that too low, or
+# too high? `rate_scores` trains four layers at the full rates and at 0.1 of them, too.
 
 # %% tags=["band"]
 def depth_scores(seed):
@@ -191,10 +188,9 @@ def rate_scores(seed):
     return scores
 
 # %% [markdown]
-# One run proves little. So both functions were run for the seeds 0 to 4 beforehand, and `bands.load` reads
-# what came out. Your run is drawn over these *bands*, and `check` asks it to lie in them, give or take a
-# margin: other machines round differently, and training amplifies the difference. (`rate_scores` is not
-# trained live.)
+# One run proves little. So both functions were run for the seeds 0 to 4 beforehand, and `bands.load` reads what came out.
+# Your run is drawn over these *bands*, and `check` asks it to lie in them, give or take a margin: other machines round
+# differently, and training amplifies the difference. (`rate_scores` is not trained live.)
 
 # %%
 by_depth = depth_scores(SEED)
@@ -238,7 +234,7 @@ depth_band.check(by_depth, margin=0.1)
 assert mean["vanilla, 1"] < mean["vanilla, 2"] < mean["vanilla, 8"] < 0.6
 assert all(shares[-1] < 0.4 for shares in by_depth.values())
 after_8 = [shares[7] for shares in by_depth.values()]
-assert after_8 == sorted(after_8)  # where all four have practised for 270 steps
+assert after_8 == sorted(after_8)  # practised in the last 270 steps
 
 rates = rate_band.values  # {"0.1": (n, 2), ...}
 figures.table(
@@ -253,41 +249,38 @@ assert low("0.3")[0] > max(high("1.0")[0], high("0.1")[0])
 assert max(high(scale)[1] for scale in rates) < 0.25
 
 # %% [markdown]
-# More layers follow the ball a little longer, and then guess too. Another learning rate does not help: of the three
-# factors 0.3 is the best, and at all of them the last swaps are guesses. (Positions beyond 16 occur in the last 40
-# steps only, which may be part of the fall there. But the curves part within the first eight swaps.)
+# More layers follow the ball a little longer, and then guess too. With four layers another learning rate does not help:
+# of the three factors 0.3 is the best, and at all of them the last swaps are guesses. (Positions beyond 16 occur in the
+# last 40 steps only, which may be part of the fall there. But the curves part within the first eight swaps.)
 #
-# A state of layer $l$ is made of states of layer $l-1$. One layer can merge a few swaps into one, and the
-# next can merge what the first has merged. In principle the number of layers need only grow with the logarithm
-# of the length (Liu et al., 2023), so eight could do 32 swaps; trained like this, they do not find out how. And
-# for games of any length, no fixed number of layers is enough, as far as anyone knows: a layer is one tick of
-# the clock.
+# A state of layer $l$ is made of states of layer $l-1$. One layer can merge a few swaps into one, and the next can merge
+# what the first has merged. In principle the number of layers need only grow with the logarithm of the length (Liu et
+# al., 2023), so eight could do 32 swaps; trained like this, they do not find out how. And for games of any length, no
+# fixed number of layers is enough, as far as anyone knows: a layer is one tick of the clock.
 #
 # ## 3.2 One memory for all layers
 #
-# Let $x_t^0$ be the embedding of token $t$, and $x_t^1 \ldots x_t^L$ the outputs of the layers.
-# The paper changes what layer $l$ attends to: no longer the layer below, but memory vectors of the
-# steps before,
+# Let $x_t^0$ be the embedding of token $t$, and $x_t^1 \ldots x_t^L$ the outputs of the layers. The paper changes what
+# layer $l$ attends to: no longer the layer below, but memory vectors of the steps before,
 #
 # $$
 # z_t^l = \text{Attention}\left(x_t^{l-1},\; \left[m_{t-\tau}, \ldots, m_{t-1}\right]\right) , \qquad
 # m_t = \sum_{l=0}^{L} \text{softmax}(w)_l \; x_t^l .
 # $$
 #
-# Here $\tau$ is the length of the memory, `mem_len` in the code (in chapter 1, $\tau$ counted segments), and $w$ are $L+1$ learned
-# numbers, one set for the whole model. From $z_t^l$ the layer goes on as always, through residual
-# and feed-forward, to $x_t^l$. Attention ends at $m_{t-1}$: step $t$ cannot read its own memory
-# vector, which does not exist yet.
+# Here $\tau$ is the length of the memory, `mem_len` in the code (in chapter 1, $\tau$ counted segments), and $w$ are
+# $L+1$ learned numbers, one set for the whole model. From $z_t^l$ the layer goes on as always, through residual and
+# feed-forward, to $x_t^l$. Attention ends at $m_{t-1}$: step $t$ cannot read its own memory vector, which does not exist
+# yet.
 #
-# **Why one vector?** One could keep all $L+1$ states of each step. Attention would then have $L+1$
-# times as many keys to compute and to store. The mixture is the cheap way to hand on something of every layer.
+# **Why one vector?** One could keep all $L+1$ states of each step. Attention would then have $L+1$ times as many keys to
+# compute and to store. The mixture is the cheap way to hand on something of every layer.
 #
 # ### The layer
 #
-# It is an ordinary transformer layer, except that it computes *one* step, and that its keys and
-# values are handed in. The norms stand before attention and before the feed-forward, inside the
-# residual branch (pre-norm, or pre-LN). The score of a query $q$ with key $k_j$ is
-# $q^\top k_j / \sqrt{d_{\text{head}}}$.
+# It is an ordinary transformer layer, except that it computes *one* step, and that its keys and values are handed in. The
+# norms stand before attention and before the feed-forward, inside the residual branch (pre-norm, or pre-LN). The score of
+# a query $q$ with key $k_j$ is $q^\top k_j / \sqrt{d_{\text{head}}}$.
 
 # %% tags=["from-module"]
 class Layer(nn.Module):
@@ -326,25 +319,25 @@ for M in (5, 0):
     print(f"M = {M}: x", tuple(x.shape), "-> out", tuple(out.shape))
 
 # %% [markdown]
-# `M = 0` is the first step of a text. The softmax of no scores is no weights, and a sum of no
-# values is zero: attention adds nothing, and the feed-forward does what it can.
+# `M = 0` is the first step of a text. The softmax of no scores is no weights, and a sum of no values is zero: attention
+# adds nothing, and the feed-forward does what it can.
 #
 # ### The memory
 #
-# The class `Memory` has three methods. `vector` makes the mixture $m_t$. `keys_values` turns memory vectors into
-# `n_kv` sets of keys and values; they are **normalised first**, like everything that enters attention in a
-# pre-norm layer. With `shared_kv` all layers share one projection (`n_kv` is 1), so that each vector is projected
-# *once*, whatever the depth; otherwise each layer has its own (`n_kv` is `L`). (The paper recommends sharing.)
+# The class `Memory` has three methods. `vector` makes the mixture $m_t$. `keys_values` turns memory vectors into `n_kv`
+# sets of keys and values; they are **normalised first**, like everything that enters attention in a pre-norm layer. With
+# `shared_kv` all layers share one projection (`n_kv` is 1), so that each vector is projected *once*, whatever the depth;
+# otherwise each layer has its own (`n_kv` is `L`). (The paper recommends sharing.)
 #
-# `seen` adds the order. Without it, memory would be a set: attention could not tell yesterday
-# from last year. Let $a = t - j$ be the age of memory vector $j$ at step $t$. The score becomes
+# `seen` adds the order. Without it, memory would be a set: attention could not tell yesterday from last year. Let $a = t
+# - j$ be the age of memory vector $j$ at step $t$. The score becomes
 #
 # $$
 # \frac{1}{\sqrt{d_{\text{head}}}}\; q^\top \left(k_j + p_a\right) ,
 # $$
 #
-# with one vector $p_a$ for each age, learned from a random start and shared by all layers and heads, as
-# in the authors' code. They stand in `positions` in the order of the keys, the oldest first.
+# with one vector $p_a$ for each age, learned from a random start and shared by all layers and heads, as in the authors'
+# code. They stand in `positions` in the order of the keys, the oldest first.
 
 # %% tags=["from-module"]
 class Memory(nn.Module):
@@ -374,7 +367,7 @@ class Memory(nn.Module):
         keys, values = kv.permute(3, 2, 0, 4, 1, 5)
         oldest = len(self.positions) - keys.size(-2)
         keys = keys + self.positions[oldest:]  # ages M ... 2, 1
-        return keys.contiguous(), values.contiguous()  # once, not in every layer
+        return keys.contiguous(), values.contiguous()  # not in each layer anew
 
 # %%
 torch.manual_seed(SEED)
@@ -392,8 +385,8 @@ assert not torch.allclose(keys[..., 0, :], keys[..., 4, :])  # ... until ages ar
 # %% [markdown]
 # ### Step after step
 #
-# `embed` looks up $x_t^0$, and checks the tokens and `mem_len`, which you may lower in a
-# trained model. `step` takes one token up through all layers and leaves one memory vector.
+# `embed` looks up $x_t^0$, and checks the tokens and `mem_len`, which you may lower in a trained model. `step` takes one
+# token up through all layers and leaves one memory vector.
 
 # %% tags=["from-module"]
 def embed(model, tokens):
@@ -413,13 +406,11 @@ def step(model, x, kv):
     return states[-1], model.memory.vector(states)
 
 # %% [markdown]
-# The rest is a `loop`, one token after the other. Each new vector gets its keys and values, which
-# join those of the past; the window moves on.
+# The rest is a `loop`, one token after the other. Each new vector gets its keys and values, which join those of the past.
 #
-# Between two calls the memory is the **vectors** $m$ themselves, the latest `mem_len` of them. The
-# next call makes their keys and values anew. No gradient flows into the old vectors, but the
-# projections still learn from them. For a new text, where memory is None, `checked_memory` returns its second
-# argument, no vectors.
+# Between two calls the memory is the **vectors** $m$ themselves, the latest `mem_len` of them. The next call makes their
+# keys and values anew. No gradient flows into the old vectors, but the projections still learn from them. For a new text,
+# where memory is None, `checked_memory` returns its second argument, no vectors.
 
 # %% tags=["from-module"]
 class FeedbackTransformer(nn.Module):
@@ -475,9 +466,9 @@ for segment in text.split(4, dim=1):
     print("logits", tuple(logits.shape), " memory", tuple(memory.shape))
 
 # %% [markdown]
-# That is the whole model. (The `clone` at its end makes the memory a tensor of its own; a slice would
-# keep all of what it was cut from.) Is it right? Every step sees the latest `mem_len` vectors, so it must not
-# matter where the text is cut: token by token, in segments, or not at all.
+# That is the whole model. (The `clone` at its end makes the memory a tensor of its own; a slice would keep all of what it
+# was cut from.) Is it right? Every step sees the latest `mem_len` vectors, so it must not matter where the text is cut:
+# token by token, in segments, or not at all.
 
 # %%
 @torch.no_grad()
@@ -500,8 +491,8 @@ for segment_len in (1, 3, 5):
 # %% [markdown]
 # ## 3.3 Train it
 #
-# Tiny Shakespeare, one million characters, and the training loop that all chapters share
-# (`memtx_minimal/training.py`): AdamW, memory handed from segment to segment.
+# Tiny Shakespeare, one million characters, and the training loop that all chapters share (`memtx_minimal/training.py`):
+# AdamW, memory handed from segment to segment.
 
 # %% tags=["band"]
 corpus = corpora.tiny_shakespeare()
@@ -540,10 +531,9 @@ print(corpus.vocab.decode(text[64:]))
 #
 # ## 3.4 One layer follows the ball
 #
-# Back to the cups, with the same lessons at full rates. Expected: a Feedback Transformer hands the place of the
-# ball from memory vector to memory vector, so that a *single* layer is enough. But any recurrent
-# network could do the same. So we train an Elman network as well. Its one state is updated at each token:
-# $s_t = \tanh(W x_t + U s_{t-1} + b)$.
+# Back to the cups, with the same lessons at full rates. Expected: a Feedback Transformer hands the place of the ball from
+# memory vector to memory vector, so that a *single* layer is enough. But any recurrent network could do the same. So we
+# train an Elman network as well. Its one state is updated at each token: $s_t = \tanh(W x_t + U s_{t-1} + b)$.
 
 # %% tags=["band"]
 class Recurrent(nn.Module):
@@ -617,18 +607,18 @@ figures.table(
 )  # fmt: skip
 
 # %% [markdown]
-# With one layer the ball is hardly ever lost, even in games fifteen times longer than any
-# lesson. Up to 32 swaps the little Elman network does it nearly as well: here the two lines coincide, and the band
-# that sinks a little is the Elman network's. From swap 400 to 500, it depends on the seed (last column). So the
-# ball shows what *parallel* transformers do not learn. It does not show that you need *this* architecture.
+# With one layer the ball is hardly ever lost, even in games fifteen times longer than any lesson. Up to 32 swaps the
+# little Elman network does it nearly as well: here the two lines coincide, and the band that sinks a little is the Elman
+# network's. From swap 400 to 500, it depends on the seed (last column). So the ball shows what *parallel* transformers do
+# not learn. It does not show that you need *this* architecture.
 #
 # ## 3.5 State and recall at once
 #
-# A recurrent network keeps one state. A transformer looks things up in its past. A Feedback Transformer
-# should do both. The game: first a *card* gives each of five places a letter (two may have the same). Then the
-# ball is put somewhere, and *events* follow. About half are swaps, as before, after which the place is
-# asked for. The others are questions: which letter is on the card for the place where the ball is *now*?
-# One has to keep the state, and to look something up by it.
+# A recurrent network keeps one state. A transformer looks things up in its past. A Feedback Transformer should do both.
+# The game: first a *card* gives each of five places one of 16 letters (two may have the same). Then the ball is put
+# somewhere, and *events* follow. About half are swaps, as before, after which the place is asked for. The others are
+# questions: which letter is on the card for the place where the ball is *now*? So one keeps a state, and looks something
+# up by it.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 tokens, targets, _ = next(tasks.card(1, 6, seed=13))
@@ -647,10 +637,10 @@ answers = [
 figures.table("One game of the card task", ["token", "answer"], zip(words, answers))
 
 # %% [markdown]
-# Three models learn it, first in games of 2 events, finally in games of 24 (30 tokens): a Feedback Transformer
-# of two layers (one look for the place of the ball, the next for the letter of that place), a
-# vanilla transformer of the same depth, and an Elman network of about as many parameters. The other two
-# get 0.6 of the learning rates; `card_full_scores` has them at the full rates.
+# Three models learn it, first in games of 2 events, finally in games of 24 (30 tokens): a Feedback Transformer of two
+# layers (one look for the place of the ball, the next for the letter of that place), a vanilla transformer of the same
+# depth, and an Elman network of about as many parameters. The other two get 0.6 of the learning rates. Is that too low?
+# `card_full_scores` trains them at the full rates (recorded, not run here).
 
 # %% tags=["band"]
 CARD_LESSONS = [(2, 500, 5e-3), (4, 300, 5e-3), (12, 100, 3e-3), (24, 80, 2e-3)]
@@ -671,9 +661,9 @@ def card_scores(seed):
     """[right places, right letters] of three models that learned the card game."""
     torch.manual_seed(seed)
     models = {
-        "Feedback": FeedbackTransformer(**CARD, mem_len=30),  # 104,387 parameters
+        "Feedback": FeedbackTransformer(**CARD, mem_len=30),
         "vanilla": VanillaTransformer(**CARD, max_len=30),
-        "Elman network": Recurrent(tasks.CARD_VOCAB, 190),  # 109,156 parameters
+        "Elman network": Recurrent(tasks.CARD_VOCAB, 190),  # about as many parameters
     }
     scores = {}
     for name, model in models.items():
@@ -729,25 +719,31 @@ figures.show(
 
 # %%
 card_band.check(on_card, margin=0.1)
+# What was recorded at the full rates is no farther from this run, at 0.6 of them:
 full_band.check({name: on_card[name] for name in full_band.values}, margin=0.1)
 assert on_card["Feedback"][1] > 0.8
 assert on_card["Elman network"][0] > 0.9 and on_card["Elman network"][1] < 0.12
 assert max(on_card["vanilla"][1], on_card["Elman network"][1]) < 0.6
+figures.table(
+    "The same at the full rates, five recorded seeds: share of right answers",
+    ["", "places", "letters"],
+    [[name, *map(span, seeds.T)] for name, seeds in full_band.values.items()],
+)
 
 # %% [markdown]
-# The Elman network keeps the state, and its letters are guesses: after these lessons, at either rate, it does not
-# keep the card. The vanilla transformer mostly does not know where the ball is, and so cannot know the letter of that place.
-# It is above guessing all the same: one of the five letters on the card is right one time in five, and more often
-# if two places have it. Feedback alone has both: a state, and a memory that is looked up by content.
+# The Elman network keeps the state, and its letters are guesses: after these lessons, at either rate, it does not keep
+# the card. The vanilla transformer mostly does not know where the ball is, and so cannot know the letter of that place.
+# Its letters are above guessing all the same: one of the five letters on the card is right one time in five, and more
+# often if two places have it. Feedback alone has both: a state, and a memory that is looked up by content.
 #
-# The paper makes its case with larger tasks of this kind: little programs that assign, change and
-# print variables, with conditions. With 3 variables a parallel transformer of 8 layers gives 33.7% right
-# answers, Feedback with 4 layers 99.1%. With 5 variables they give 37.5% and 92.6%.
+# The paper makes its case with larger tasks of this kind: little programs that assign, change and print variables, with
+# conditions. With 3 variables a parallel transformer of 8 layers gives 33.7% right answers, Feedback with 4 layers 99.1%.
+# With 5 variables they give 37.5% and 92.6%.
 #
 # ## 3.6 What memory must be made of
 #
-# Which layers have to be in the mixture? Two layers, games of up to 8 swaps, and layer weights that are fixed on
-# the embedding alone or on one layer alone, or else learned. Beside them, a vanilla transformer of two layers.
+# Which layers have to be in the mixture? Two layers, games of up to 8 swaps, and layer weights that are fixed on the
+# embedding alone or on one layer alone, or else learned. Beside them, a vanilla transformer of two layers.
 
 # %% tags=["band"]
 def mixture_scores(seed):
@@ -793,33 +789,29 @@ assert made_of["embedding"] < min(others) - 0.1
 assert mixture_band.high("embedding") < mixture_band.low("(vanilla)")
 
 # %% [markdown]
-# As soon as a layer's output is in the mixture, feedback works; for so simple a task it does not
-# matter which layer. With the embedding alone, nothing that a layer has found is ever handed on.
-# Such a model gives fewer right answers than a vanilla transformer, whatever the seed: each of its
-# layers reads the bare text again, where vanilla's second layer reads what the first has made of it.
+# As soon as a layer's output is in the mixture, feedback works; for so simple a task it does not matter which layer. With
+# the embedding alone, nothing that a layer has found is ever handed on. Such a model gives fewer right answers than a
+# vanilla transformer, whatever the seed: each of its layers reads the bare text again, where vanilla's second layer reads
+# what the first has made of it.
 #
 # ## 3.7 Text
 #
 # ### Loss at equal depth
 #
-# Does text profit? The paper finds that shallow Feedback Transformers do as well as deeper parallel
-# ones. Here are 1, 2 and 4 layers. The parallel baseline is the Transformer-XL of chapter 1, in
-# which each query sees the latest 32 keys too (`same_length`). It differs also in its positions,
-# and it has keys and values for each layer, hence more parameters. So we also train Feedback with keys
-# and values for each layer (`shared_kv=False`), four layers deep. Because Feedback is slow, we train
-# Transformer-XL with four times as many steps, which is nearer to equal *seconds*.
+# Does text profit? The paper finds that shallow Feedback Transformers do as well as deeper parallel ones. Here are 1, 2
+# and 4 layers. The parallel baseline is the Transformer-XL of chapter 1, in which each query sees the latest 32 keys too
+# (`same_length`). It differs also in its positions, and it has keys and values for each layer, hence more parameters. So
+# we also train Feedback with keys and values for each layer (`shared_kv=False`), four layers deep. Because Feedback is
+# slow, we train Transformer-XL with four times as many steps, which is nearer to equal *seconds*.
 
 # %% tags=["band"]
-def text_models(seed):
-    """(model, losses, seconds) of each variant: {"name, number of layers": ...}."""
+def text_models(seed, known={}):
+    """{"name, number of layers": (model, losses, seconds)}; known ones stay."""
     XL = partial(TransformerXL, same_length=True)
+    per_layer = partial(FeedbackTransformer, shared_kv=False)
     variants = {
         "Feedback": (FeedbackTransformer, STEPS, (1, 2, 4)),
-        "Feedback, per layer": (
-            partial(FeedbackTransformer, shared_kv=False),
-            STEPS,
-            (4,),
-        ),
+        "Feedback, per layer": (per_layer, STEPS, (4,)),
         "Transformer-XL": (XL, STEPS, (1, 2, 4)),
         "Transformer-XL, 4 x steps": (XL, 4 * STEPS, (4,)),
     }
@@ -827,8 +819,8 @@ def text_models(seed):
     for name, (make, steps, depths) in variants.items():
         for n_layers in depths:
             torch.manual_seed(seed)
-            made = fit(make(**SIZES, n_layers=n_layers), seed, steps)
-            trained[f"{name}, {n_layers}"] = made
+            key, model = f"{name}, {n_layers}", make(**SIZES, n_layers=n_layers)
+            trained[key] = known.get(key) or fit(model, seed, steps)
     return trained
 
 
@@ -837,7 +829,8 @@ def text_scores(seed):
     return {key: valid_loss(model) for key, (model, *_) in text_models(seed).items()}
 
 # %%
-trained = text_models(SEED)
+known = {"Feedback, 2": (feedback, losses, seconds)}  # from section 3.3
+trained = text_models(SEED, known)
 loss = {key: valid_loss(model) for key, (model, *_) in trained.items()}
 text_band = bands.load("03_text_scores", corpus.name)
 
@@ -878,16 +871,15 @@ longer = "Transformer-XL, 4 x steps, 4"
 assert high(longer) < low("Feedback, 4") and loss[longer] < loss["Feedback, 4"]
 
 # %% [markdown]
-# Depth helps both. At equal depth and equal steps the bands of the two overlap: the paper's gain on
-# text does **not** show here. With keys and values for each layer, Feedback's band of four layers is a little
-# lower than with shared ones, and only just overlaps Transformer-XL's: a gain, if any, is small.
-# Transformer-XL with four times as many steps, in about as many seconds, is far ahead of both. The paper's
-# models are hundreds of times larger and train for days.
+# Depth helps both. At equal depth and equal steps the bands of the two overlap: the paper's gain on text does **not**
+# show here. With keys and values for each layer, Feedback's band of four layers is a little lower than with shared ones,
+# and only just overlaps Transformer-XL's: a gain, if any, is small. Transformer-XL with four times as many steps, in
+# about as many seconds, is far ahead of both. The paper's models are far larger and train for days.
 #
 # ### Where it looks
 #
-# We record the attention of the model with four layers, and add up what falls into each bucket of ages.
-# From the second on, the buckets double in width.
+# We record the attention of the model with four layers, and add up what falls into each bucket of ages. From the second
+# on, the buckets double in width.
 
 # %%
 @torch.no_grad()
@@ -930,14 +922,14 @@ print("age 1, in even shares:", [round((T * row[0]).item(), 1) for row in by_age
 assert by_age[:, 0].mean() > 2 / T and by_age[:, 16:].mean() < 1 / T
 
 # %% [markdown]
-# A bucket is tall also because it is wide. The dotted lines are what each would get if attention were spread
-# evenly. The vector of age 1 stands out. It alone knows the letter before the current one, and through its own
-# attention it has read all the others.
+# A bucket is tall also because it is wide. The dotted lines are what each would get if attention were spread evenly. The
+# vector of age 1 stands out. It alone knows the letter before the current one, and through its own attention it has read
+# all the others.
 #
 # Look for yourself, in a model that was trained for longer (see the book's page on trained weights). Point at a
-# character, or step to one with the arrow keys; it gets a box. The bars show how its attention, at first that of the
-# top layer (mean over the heads), is shared among the vectors in memory, which are underlined. (They get 100% of it:
-# a Feedback Transformer reads nothing else.) Below are the weights of the mixture.
+# character, or step to one with the arrow keys; it gets a box. The bars show how its attention, at first that of the top
+# layer (mean over the heads), is shared among the vectors in memory, which are underlined. (They get 100% of it: a
+# Feedback Transformer reads nothing else.) Below are the weights of the mixture.
 
 # %%
 ready, vocab = memtx_minimal.load("feedback_transformer")  # on the CPU
@@ -948,11 +940,11 @@ print("weights, embedding first:", [round(weight, 2) for weight in mixture])
 assert max(mixture) == mixture[0] and min(mixture) > 0.1
 
 # %% [markdown]
-# The embedding has the largest weight, and every layer has one. (Layers add to what they read, so the embedding is
-# in each of the other states, too.)
+# The embedding has the largest weight, and no layer has less than a tenth. (Layers add to what they read, so the
+# embedding is in each of the other states, too.)
 #
-# Attention is not use. What is *needed* shows when it is taken away. Lower `mem_len`, and a model sees
-# the latest vectors only; here, our own four layers.
+# Attention is not use. What is *needed* shows when it is taken away. Lower `mem_len`, and a model sees the latest vectors
+# only; here, our own four layers.
 
 # %%
 needs = {}
@@ -963,14 +955,13 @@ print("nats per character by mem_len:", {n: round(x, 3) for n, x in needs.items(
 assert needs[32] < needs[4] < needs[1]
 
 # %% [markdown]
-# With less memory the loss rises, so vectors beyond the latest four are used. How much they are worth
-# stays open: a vector carries older text along, and the model never trained with a short memory.
+# With less memory the loss rises, so vectors beyond the latest four are used. How much they are worth stays open: a
+# vector carries older text along, and the model never trained with a short memory.
 #
 # ## 3.8 What it costs to train
 #
-# A vanilla transformer computes all positions of a layer in one matrix product; here `T` steps wait
-# for each other. Measure one forward and backward pass: its seconds, and the bytes that autograd keeps between
-# the two.
+# A vanilla transformer computes all positions of a layer in one matrix product; here `T` steps wait for each other.
+# Measure one forward and backward pass: its seconds, and the bytes that autograd keeps between the two.
 
 # %%
 NO_MEMORY = {name: size for name, size in SIZES.items() if name != "mem_len"}
@@ -995,52 +986,64 @@ both = {
     "vanilla": VanillaTransformer(**NO_MEMORY, n_layers=2, max_len=128).to(device),
 }
 priced = {name: [costs(model, n) for n in lengths] for name, model in both.items()}
-figures.table(
-    "One forward and backward pass, 2 layers, batch 16",
-    ["model", *(f"T = {n}" for n in lengths)],
-    [
-        [name, *(f"{1e3 * s:.0f}\xa0ms, {b / 2**20:.0f}\xa0MiB" for s, b in values)]
-        for name, values in priced.items()
-    ],
-)
 (s, b), (s_vanilla, b_vanilla) = priced["Feedback"][-1], priced["vanilla"][-1]
 assert s > 2 * s_vanilla and b > 2 * b_vanilla
 
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
+figure, axes = plt.subplots(1, 2, figsize=(6.4, 3.4))
+labels = {"forward and backward (ms)": 1e3, "kept for backward (MiB)": 2**-20}
+for k, (ax, (label, unit)) in enumerate(zip(axes, labels.items())):
+    for name, values in priced.items():
+        ax.plot(lengths, [unit * v[k] for v in values], label=name, **LOOK[name])
+    ax.set(xscale="log", yscale="log", xlabel="tokens in the segment", ylabel=label)
+    ax.set_xticks(lengths, labels=lengths)
+    ax.minorticks_off()
+    figures.plain_ticks(ax.yaxis)
+axes[0].legend()
+figures.show(
+    figure,
+    "Feedback takes several times as long as vanilla for a training step, at every "
+    "length of the segment. It keeps more bytes for the backward pass, and the longer "
+    "the segment, the larger their ratio.",
+)
+
 # %% [markdown]
-# The time goes into many small products where vanilla has a few large ones. The bytes grow faster
-# than the length, because each step keeps a copy of the keys and values that it saw: with the whole
-# segment in reach, of $0 + 1 + \ldots + (T - 1)$ vectors. A backward pass written by hand makes both cheaper:
-# [appendix A](a_feedback_by_hand.ipynb).
+# The time goes into many small products where vanilla has a few large ones. The bytes grow faster than the length,
+# because each step keeps a copy of the keys and values that it saw: with the whole segment in reach, of $0 + 1 + \ldots +
+# (T - 1)$ vectors. A backward pass written by hand makes both cheaper: [appendix A](a_feedback_by_hand.ipynb).
 #
 # ## 3.9 Short games first
 #
-# The paper starts with short sequences and lengthens them, as our lessons do. Is it worth it? The
-# lessons read $150 \cdot 2 + 250 \cdot 4 + \ldots = 5{,}060$ swaps in each row of the batch. Read about
-# as many, but in games of 32 swaps from the start, at a low rate and at that of the first lessons.
+# The paper starts with short sequences and lengthens them, as our lessons do. Is it worth it? The lessons read $150 \cdot
+# 2 + 250 \cdot 4 + \ldots = 5{,}060$ swaps in each row of the batch. Read about as many, but in games of 32 swaps from
+# the start, at a low rate and at that of the first lessons.
 
 # %% tags=["band"]
-def impatient_scores(seed):
+def impatient_exam(rate, seed):
     """Right answers by swap after games of 32 swaps alone, as many swaps in all."""
-    scores = {}
-    for rate in (3e-3, 1e-2):
-        torch.manual_seed(seed)
-        model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
-        model = learn(model, [(32, 160, rate)], seed=seed)
-        scores[f"only 32 swaps, rate {rate}"] = exam(model)
-    return scores
+    torch.manual_seed(seed)
+    model = FeedbackTransformer(**GAMES, n_layers=1, mem_len=32).to(device)
+    return exam(learn(model, [(32, 160, rate)], seed=seed))
+
+
+def impatient_scores(seed):
+    """The same, at two learning rates."""
+    return {f"rate {rate}": impatient_exam(rate, seed) for rate in (3e-3, 1e-2)}
 
 # %%
-impatient = impatient_scores(SEED)
+impatient = {"rate 0.003": impatient_exam(3e-3, SEED)}  # the other is recorded only
 impatient_band = bands.load("03_impatient_scores", text=None)
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots()
 first = by_swap["Feedback, 1 layer"]
 axes.plot(range(1, 33), first, label="short games first", **LOOK["Feedback"])
-for (name, shares), look in zip(impatient.items(), ("kv-", "k^--")):
-    label = "{} recorded seeds" if look == "k^--" else "_"
-    figures.band(axes, range(1, 33), impatient_band.values[name], label)
-    axes.plot(range(1, 33), shares, look, label=name)
+for (name, shares), style in zip(impatient_band.values.items(), ("-", "--")):
+    label = "{} recorded seeds" if style == "-" else "_"
+    figures.band(axes, range(1, 33), shares, label)
+    shares = impatient.get(name, shares.mean(axis=0))
+    label = f"only 32 swaps, {name}" + ("" if name in impatient else " (mean of seeds)")
+    axes.plot(range(1, 33), shares, "kv" + style, label=label)
 swaps_axes(axes, "The same number of swaps read (Feedback, 1 layer)")
 figures.show(
     figure,
@@ -1050,16 +1053,15 @@ figures.show(
 impatient_band.check(impatient, margin=0.1)
 
 # %% [markdown]
-# With short games first, about as many swaps teach the whole game; with long ones, the first few moves, at either
-# rate. The length of the games is not the only difference: long games also mean fewer updates, 160 in place of 670.
+# With short games first, about as many swaps teach the whole game; with long ones, the first few swaps, at either rate.
+# The length of the games is not the only difference: long games also mean fewer updates, 160 in place of 670.
 #
 # ## 3.10 Generating
 #
-# To generate, the model reads one token a call. Memory goes in and comes out, so no token is read twice.
-# But each call projects all vectors of the memory to keys and values anew. While the weights do not
-# change, the keys and values do not change either (their ages do, but `seen` adds those afterwards, to a
-# copy): so let *them* be the memory. `Cached` wraps a trained model. It is used in the same way, for
-# generating and evaluating only.
+# To generate, the model reads one token a call. Memory goes in and comes out, so no token is read twice. But each call
+# projects all vectors of the memory to keys and values anew. While the weights do not change, the keys and values do not
+# change either (their ages do, but `seen` adds those afterwards, to a copy): so let *them* be the memory. `Cached` wraps
+# a trained model. It is used in the same way, for generating and evaluating only.
 
 # %% tags=["from-module"]
 class Cached(nn.Module):
@@ -1093,9 +1095,8 @@ print("memory", tuple(memory.shape))  # (B, M, n_kv, 2, H, d_head)
 # %% [markdown]
 # ### Time per token
 #
-# How long does one more token take, after $n$ others? Three ways: Feedback from its vectors; Feedback
-# from its cache; and a vanilla transformer of the same size with a cache of its own, that of chapter 0, with keys
-# and values in one tensor:
+# How long does one more token take, after $n$ others? Three ways: Feedback from its vectors; Feedback from its cache; and
+# a vanilla transformer of the same size with a cache of its own, that of chapter 0, with keys and values in one tensor:
 
 # %%
 @torch.inference_mode()
@@ -1167,15 +1168,15 @@ figures.table(
 assert took[2048]["Feedback, cache"] < 10 * took[2048]["vanilla, cache"]
 
 # %% [markdown]
-# What is slow about Feedback is training. One token after the other is how *every* model generates:
-# compare the two lines with a cache. (Without one, a vanilla transformer reads all again: chapter 0.) What Feedback's
-# cache saves over its vectors shows when memory is long.
+# What is slow about Feedback is training. One token after the other is how *every* model generates: compare the two lines
+# with a cache. (Without one, a vanilla transformer reads all again: chapter 0.) What Feedback's cache saves over its
+# vectors shows when memory is long.
 #
 # ### Bytes per token
 #
-# What must a model hold of each token of the past? Exercise 3.4 asks for the numbers by formula; here they are
-# counted. With keys and values for each layer, Feedback holds as much as vanilla; with shared ones, the depth no
-# longer matters, and the vectors alone are half of that.
+# What must a model hold of each token of the past? Exercise 3.4 asks for the numbers by formula; here they are counted.
+# With keys and values for each layer, Feedback holds as much as vanilla; with shared ones, the depth no longer matters,
+# and the vectors alone are half of that.
 
 # %%
 @torch.no_grad()
@@ -1220,39 +1221,39 @@ for n, h in held.items():
 #
 # ## 3.12 What became of it
 #
-# Strictly sequential training did not last. On hardware that thrives on large matrix products, its price is
-# what you measured above; linear recurrences, which can be computed side by side (chapter 6), gave up expressive
-# power to get rid of it. The way back from the top did last. A chain of thought that is written out and read again is feedback
-# through the text: the top layer's output becomes the bottom layer's input.
+# Strictly sequential training did not last. On hardware that thrives on large matrix products, its price is what you
+# measured above; linear recurrences, which can be computed side by side (chapter 6), gave up expressive power to get rid
+# of it. The way back from the top did last. A chain of thought that is written out and read again is feedback through the
+# text: the top layer's output becomes the bottom layer's input.
 #
-# Some works that took an idea of this chapter further, with the year in which each was first public. Which
-# idea each goes back to is our reading, not always its authors'.
+# Some works that took an idea of this chapter further, with the year in which each was first public. Which idea each goes
+# back to is our reading, not always its authors'.
 #
-# - [Staircase attention](https://arxiv.org/abs/2106.04279) (2021), co-written by an author of Feedback, takes
-#   the states of earlier tokens through the same layers again, together with new tokens, and solves tracking
-#   tasks on which ordinary transformers fail.
-# - The [Block-Recurrent Transformer](https://arxiv.org/abs/2203.07852) (2022) hands state vectors from block
-#   to block through gates like those of an LSTM, and computes the tokens of a block in parallel (exercise 3.6).
-# - [TransformerFAM](https://arxiv.org/abs/2404.09173) (2024) feeds a model's own states back to it as a
-#   working memory, without new weights.
-# - [YOCO](https://arxiv.org/abs/2405.05254) (2024), "you only cache once", makes one set of keys and values
-#   in its lower layers, and all upper layers read it.
-# - [Cross-Layer Attention](https://arxiv.org/abs/2405.12981) (2024) lets neighbouring layers share keys and
-#   values, which halves the cache at nearly the same accuracy.
-# - [Coconut](https://arxiv.org/abs/2412.06769) (2024) reasons without words: instead of choosing a token, it
-#   takes its last hidden state as the next input.
-# - [Huginn](https://arxiv.org/abs/2502.05171) (2025) runs the same block of layers again and again before it
-#   answers, as often as you ask; more rounds help most where it has to reason.
+# - [Staircase attention](https://arxiv.org/abs/2106.04279) (2021), co-written by an author of Feedback, takes the states
+#   of earlier tokens through the same layers again, together with new tokens, and solves tracking tasks on which ordinary
+#   transformers fail.
+# - The [Block-Recurrent Transformer](https://arxiv.org/abs/2203.07852) (2022) hands state vectors from block to block
+#   through gates like those of an LSTM, and computes the tokens of a block in parallel (exercise 3.6).
+# - [TransformerFAM](https://arxiv.org/abs/2404.09173) (2024) feeds a model's own states back to it as a working memory,
+#   without new weights.
+# - [YOCO](https://arxiv.org/abs/2405.05254) (2024), "you only cache once", makes one set of keys and values in its lower
+#   layers, and all upper layers read it.
+# - [Cross-Layer Attention](https://arxiv.org/abs/2405.12981) (2024) lets neighbouring layers share keys and values, which
+#   halves the cache at nearly the same accuracy.
+# - [Coconut](https://arxiv.org/abs/2412.06769) (2024) reasons without words: instead of choosing a token, it takes its
+#   last hidden state as the next input.
+# - [Huginn](https://arxiv.org/abs/2502.05171) (2025) runs the same block of layers again and again before it answers, as
+#   often as you ask; more rounds help most where it has to reason.
 
 # %% [markdown]
 # ## 3.13 Exercises
 #
-# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the
-# case that fails, what was expected and what your code gave. The
-# [solutions](solutions/03_feedback_transformer.ipynb) are worked out in words and code.
+# Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the case that
+# fails, what was expected and what your code gave. The [solutions](solutions/03_feedback_transformer.ipynb) are worked
+# out in words and code.
 #
-# **3.1 The clock** *(derive; easy; 10 minutes)* At most how many layers can information pass on its way from a token to the
-# prediction made `n` tokens later? `kind` is "vanilla" (inside one window) or "feedback".
+# **3.1 The clock** *(derive; easy; 10 minutes)* At most how many layers can information pass on its way from a token to
+# the prediction made `n` tokens later? `kind` is "vanilla" (inside one window) or "feedback".
 
 # %% tags=["exercise"]
 def my_clock(n_layers, n, kind):
@@ -1264,8 +1265,8 @@ exercises.check("3.1", my_clock)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# `n = 0` is the prediction made at the token itself. Draw the columns of `n = 2` with two layers, as in the first and in the last picture at the top of the chapter,
-# and look for the longest way.
+# `n = 0` is the prediction made at the token itself. Draw the columns of `n = 2` with two layers, as in the first and in
+# the last picture at the top of the chapter, and look for the longest way.
 #
 # </details>
 #
@@ -1286,8 +1287,9 @@ exercises.check("3.2", my_vector)
 #
 # </details>
 #
-# **3.3 The wrong ages** *(find the fault; middle; 10 minutes)* A colleague adds the positions to the keys like this. The model
-# trains, and its losses look normal while the memory is full. What is wrong while it fills, and why does it hurt? Mend it.
+# **3.3 The wrong ages** *(find the fault; middle; 10 minutes)* A colleague adds the positions to the keys like this. The
+# model trains, and its losses look normal while the memory is full. What is wrong while it fills, and why does it hurt?
+# Mend it.
 
 # %% tags=["exercise"]
 def my_keys(keys, positions):
@@ -1305,9 +1307,9 @@ exercises.check("3.3", my_keys)
 #
 # </details>
 #
-# **3.4 The price of a cache** *(predict; easy; 10 minutes)* How many numbers does a model hold of `M` tokens of the past? The
-# kinds: "vanilla", "per layer" and "shared" (Feedback with the keys and values of each layer, and with shared ones), and
-# "vectors", the memory of Feedback without keys and values. (Afterwards compare with the table in section 3.10.)
+# **3.4 The price of a cache** *(predict; easy; 10 minutes)* How many numbers does a model hold of `M` tokens of the past?
+# The kinds: "vanilla", "per layer" and "shared" (Feedback with the keys and values of each layer, and with shared ones),
+# and "vectors", the memory of Feedback without keys and values. (Afterwards compare with the table in section 3.10.)
 
 # %% tags=["exercise"]
 def my_numbers(kind, n_layers, M, d_model):
@@ -1323,8 +1325,8 @@ exercises.check("3.4", my_numbers)
 #
 # </details>
 #
-# **3.5 A memory of one vector** *(experiment; middle; 10 minutes)* Train a new model with one layer and `mem_len=1` on the
-# `LESSONS` of section 3.1. How well do you think it will do? What is left of attention?
+# **3.5 A memory of one vector** *(experiment; middle; 10 minutes)* Train a new model with one layer and `mem_len=1` on
+# the `LESSONS` of section 3.1. How well do you think it will do? What is left of attention?
 
 # %% tags=["exercise"]
 my_tracker = ...  # learn(FeedbackTransformer(**GAMES, ...).to(device), LESSONS)
@@ -1338,10 +1340,11 @@ exercises.check("3.5", my_tracker)
 #
 # </details>
 #
-# **3.6 Blocks** *(build; hard; 40 minutes)* There is a dial between "one token a step" and "all tokens side by side": a step that
-# takes a block of `S` tokens. They all see the memory before the block, in which the newest vector has
-# age 1 for each of them, and do not see each other. Write it, without a loop over the tokens of a block. Then give a new
-# model `model.loop = partial(my_blocks, model, S=4)` (from `functools`) and the lessons: how much faster are they, and what becomes of the ball?
+# **3.6 Blocks** *(build; hard; 40 minutes)* There is a dial between "one token a step" and "all tokens side by side": a
+# step that takes a block of `S` tokens. They all see the memory before the block, in which the newest vector has age 1
+# for each of them, and do not see each other. Write it, without a loop over the tokens of a block. Then give a new model
+# `model.loop = partial(my_blocks, model, S=4)` (from `functools`) and the lessons: how much faster are they, and what
+# becomes of the ball?
 
 # %% tags=["exercise"]
 def my_blocks(model, x, kv, S):
@@ -1354,26 +1357,25 @@ exercises.check("3.6", my_blocks, tiny)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# For `step`, the tokens of a block are just more texts: `flatten` them into the batch, and repeat `kv` for each of them with
-# `repeat_interleave`.
+# For `step`, the tokens of a block are just more texts: `flatten` them into the batch, and repeat `kv` for each of them
+# with `repeat_interleave`.
 #
 # </details>
 #
-# **Without a check.** *(15 minutes, of which 2 for the computer)* Does the model of section 3.9 that began with long games
-# merely need more training? Give a new one 1,000 steps of games of 32 swaps at a rate of 3e-3, and compare `exam(model)` with the figure.
-# *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one pass, and what would two passes give?
+# **Without a check.** *(15 minutes, of which 2 for the computer)* Does the model of section 3.9 that began with long
+# games merely need more training? Give a new one 1,000 steps of games of 32 swaps at a rate of 3e-3, and compare
+# `exam(model)` with the figure. *(20 minutes)* Let step `t` read its own memory vector. Why is that impossible in one
+# pass, and what would two passes give?
 
 # %% [markdown]
 # ## References
 #
-# - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar (2020): [Addressing Some Limitations of
-# Transformers with Feedback Memory](https://arxiv.org/abs/2002.09402).
-# - J. L. Elman (1990): [Finding Structure in
-# Time](https://doi.org/10.1207/s15516709cog1402_1). Cognitive Science 14.
-# - B. Liu et al. (ICLR 2023): [Transformers Learn Shortcuts to
-# Automata](https://arxiv.org/abs/2210.10749).
+# - A. Fan, T. Lavril, E. Grave, A. Joulin, S. Sukhbaatar (2020): [Addressing Some Limitations of Transformers with
+#   Feedback Memory](https://arxiv.org/abs/2002.09402).
+# - J. L. Elman (1990): [Finding Structure in Time](https://doi.org/10.1207/s15516709cog1402_1). Cognitive Science 14.
+# - B. Liu et al. (ICLR 2023): [Transformers Learn Shortcuts to Automata](https://arxiv.org/abs/2210.10749).
 # - Z. Dai et al. (ACL 2019): [Transformer-XL: Attentive Language Models Beyond a Fixed-Length
-# Context](https://arxiv.org/abs/1901.02860).
+#   Context](https://arxiv.org/abs/1901.02860).
 
 # %%
 minutes = (time.perf_counter() - started) / 60

@@ -31,8 +31,8 @@
 # - write a residual layer that is undone in the backward pass, with dropout and all;
 # - say where hashing beats exact attention today, where it does not, and what it gives away about the future.
 #
-# **You need** PyTorch, and attention with queries, keys and values. The chapter stands by itself, but for the *bands* of recorded seeds, which
-# chapter 3 explains.
+# **You need** PyTorch, and attention with queries, keys and values. The chapter stands by itself, but for *nats* and the *bands* of recorded seeds:
+# chapter 0 explains both.
 #
 # **Time and memory.** At most 6 minutes and 2 GiB on two CPU cores. The last cell prints what it took on your machine.
 
@@ -81,8 +81,8 @@ print(f"PyTorch {torch.__version__} on {device}, {corpus.name}")
 # | `L` | layers | `G` | chunks, `T / w` |
 #
 # One example goes with us through the chapter: the twelve tokens of `abracadabra!`, each with a vector. Colours are hash buckets: similar vectors
-# mostly get the same colour. Sort the tokens by colour, cut the sorted row into chunks of equal length, and let each chunk attend to itself and to
-# the chunk before it. Then put the results back in the order of the text.
+# mostly get the same colour. Sort the tokens by colour, cut the sorted row into chunks of equal length, and let each token attend to those of its
+# colour in its own chunk and in the one before. Then put the results back in the order of the text.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 TEXT, w = "abracadabra!", 4
@@ -166,15 +166,16 @@ assert stored[2] > 3 * stored[1]
 
 # %% [markdown]
 # One window keeps many times the size of the model. That grows in proportion to the length, and stored weights grow with its square. The time a
-# token takes grows too, fused or not, because attention compares each token with all earlier ones. If each looked at a fixed number of others, the
-# last row would stay the same.
+# token takes (with fused attention) grows too, at first little, then more: attention compares each token with all earlier ones. If each looked at a
+# fixed number of others, the last row would stay the same.
 #
 # ## 4.2 Hashing finds the likely keys
 #
 # The output of attention for query $q_i$ is a mean of the values, weighted by $\exp(q_i \cdot k_j)$. The exponential favours the keys that point in
 # the direction of the query. If those few could be found without comparing with all, the rest could be left out.
 #
-# **Locality-sensitive hashing** finds them. Draw a random matrix $D$ of shape $[d_{\text{head}}, b/2]$ and give a vector $x$ the bucket
+# **Locality-sensitive hashing** (this kind: [Andoni et al., 2015](https://arxiv.org/abs/1509.02897)) finds them. Draw a random matrix $D$ of shape
+# $[d_{\text{head}}, b/2]$ and give a vector $x$ the bucket
 #
 # $$
 # h(x) = \arg\max \left( [xD \,;\, -xD] \right) ,
@@ -200,8 +201,8 @@ k = F.normalize(q, dim=-1)  # both (B, H, T, d_head) = (1, 1, 12, 2)
 # %% [markdown]
 # The function below hashes the vectors of all texts and heads, in several independent **rounds**: each round and each head has a matrix of its own
 # (which the paper calls $R$). With many buckets, one product for each direction would be dear, so above 32 buckets two small hashes are put
-# together, $h = h_1 + b_1 h_2$ with $b_1 b_2 \approx b$. The numbers come from a seed, direction by direction, so that a text that grows and gets
-# more buckets keeps the directions that it had.
+# together, $h = h_1 + b_1 h_2$ with $b_1 b_2 \approx b$. The numbers come from a seed, direction by direction, so that, up to 32 buckets, a text
+# that grows and gets more of them keeps the directions that it had.
 
 # %% tags=["from-module"]
 def hash_vectors(x, n_buckets, n_rounds, seed):
@@ -249,8 +250,7 @@ figures.show(
     figure,
     "In round 1 a border runs through the letters a: one a falls into another bucket, "
     "and b, a letter away, joins the others. In round 2 all five a are together, with "
-    "!. Each circle is divided into arcs of the colour of the direction with "
-    "the largest product; two of the six directions have no arc.",
+    "!. Two of the six directions have no arc of the circle.",
 )
 
 # %% [markdown]
@@ -293,8 +293,7 @@ figures.show(
 # \qquad z(i, \mathcal P_i) = \log \sum_{j \in \mathcal P_i} \exp (q_i \cdot k_j) .
 # $$
 #
-# It is the softmax that you know, with fewer keys. (There is no division by $\sqrt{d_{\text{head}}}$: keys have length one, and the network sets
-# the scale of the scores by the length of its queries.)
+# (There is no division by $\sqrt{d_{\text{head}}}$: keys have length one, and the network sets the scale by the length of its queries.)
 #
 # Buckets are of uneven size, and hardware likes even ones. So sort the tokens by bucket and, within a bucket, by position; then cut the row into
 # chunks of $w$. With $b = 2T/w$ buckets, a chunk holds two average buckets. A bucket may be cut, so each chunk also sees the chunk before it; what
@@ -355,8 +354,7 @@ figures.show(
 # at itself only if nothing else is there.
 #
 # With several rounds, the set of a query is the **union** of its sets in all rounds. Here is the whole definition: all scores, what is hidden, one
-# softmax. One small object, shared by all layers of a model, says how keys are found. Its last two switches imitate other implementations (section
-# 4.5).
+# softmax. One small object, shared by all layers of a model, says how keys are found. Its last two switches imitate other code (section 4.5).
 
 # %% tags=["from-module"]
 @dataclass(slots=True)
@@ -405,7 +403,7 @@ for name, weights in [("round 1 alone", one), ("two rounds", two), ("exact", exa
     print(f"{name:13}: the last a looks at", ", ".join(row))
 
 # %% [markdown]
-# Round 2 adds `a5`, and together they come close to exact attention here.
+# Round 2 adds `a5`, and together they come close to exact attention here. (`a10` itself, the last resort, has no weight.)
 #
 # ## 4.4 One round, chunk by chunk
 #
@@ -452,7 +450,7 @@ def round_by_hand(q, k, v, bucket, order, w):
     return rearrange(o.flatten(2, 3), order.argsort(dim=-1))
 
 
-by_hand = round_by_hand(q, k, v, buckets[0].int(), order[0], w)
+by_hand = round_by_hand(q, k, v, buckets[0].int(), order[0], w)  # a byte holds no -1
 print(f"largest difference from the definition: {(by_hand - one @ v).abs().max():.0e}")
 assert torch.allclose(by_hand, one @ v, atol=1e-6)
 
@@ -464,8 +462,7 @@ assert torch.allclose(by_hand, one @ v, atol=1e-6)
 # Every round is a softmax of its own, over its own set $\mathcal P_i^{(r)}$: with it, the formulas of section 4.3 give the output $o_i^{(r)}$ and
 # the normaliser $\exp z_i^{(r)}$ of round $r$. How do they become one softmax over the union?
 #
-# If the rounds found *different* keys, undo the division by each normaliser, add up, and divide by the sum of the normalisers (equations 13 to 15
-# of the paper):
+# If the rounds found *different* keys, undo the division by each normaliser, add up, and divide by the sum of the normalisers (equations 13 to 15):
 #
 # $$
 # o_i = \sum_{r} \exp\left( z_i^{(r)} - z_i \right) o_i^{(r)} , \qquad z_i = \log \sum_r \exp z_i^{(r)} :
@@ -484,8 +481,9 @@ assert torch.allclose(by_hand, one @ v, atol=1e-6)
 # \end{cases}
 # $$
 #
-# The first line holds for another bucket, for a chunk that is neither the query's nor the one before it, and for the future. The next function
-# builds all three. To know $N_{i,j}$ it looks up, for each pair of the sorted chunks, what the *other* rounds say about it.
+# (The own key needs no share: it counts only where it is alone.) The first line holds for another bucket, for a chunk that is neither the query's
+# nor the one before it, and for the future. The next function builds all three. To know $N_{i,j}$ it looks up, for each pair of the sorted chunks,
+# what the *other* rounds say about it.
 
 # %% tags=["from-module"]
 def round_mask(r, q, buckets, order, chunk, settings):
@@ -565,8 +563,7 @@ assert max(errors) < 1e-10
 #
 # - the paper's;
 # - without $N_{i,j}$: a key found eight times counts eight times;
-# - **later code**, among it what the authors published: without $N_{i,j}$, and a query looks at all that stands in the two chunks, whatever its
-#   bucket.
+# - **later code**, among it what the authors published: without $N_{i,j}$, and a query looks at all that the two chunks hold, of any bucket.
 
 # %%
 g = torch.Generator().manual_seed(SEED + 1)
@@ -600,9 +597,8 @@ figure, axes = plt.subplots()
 for (way, values), look in zip(errors.items(), ("o-", "s--", "^:")):
     axes.plot(range(len(rounds)), values, look, label=way)
 axes.set(xlabel="hash rounds", ylabel="relative error of the output")
-axes.set_title("Clustered vectors, length 1,024, chunks of 64")
+axes.set(title="Clustered vectors, length 1,024, chunks of 64", ylim=(0, None))
 axes.set_xticks(range(len(rounds)), labels=rounds)
-axes.set_ylim(bottom=0)
 axes.legend()
 figures.show(
     figure,
@@ -624,7 +620,7 @@ figures.show(
 # | step | operations | with $b = 2T/w$ and $w$ fixed |
 # | --- | --- | --- |
 # | hash, one product for each pair of directions | $T\,b\,d / 2$ | $O(T^2)$, if it were one hash |
-# | hash, in two small ones of $\sqrt b$ buckets | $T \sqrt b\, d$ | $O(T^{3/2})$; at $T$ = 65,536 and $w$ = 64, $\sqrt b$ is 45 and $4w$ is 256 |
+# | hash, in two small ones of $\sqrt b$ buckets | $T \sqrt b\, d$ | $O(T^{3/2})$, yet at $T$ = 65,536 and $w$ = 64 less than the last row: $\sqrt b$ is 45, $4w$ is 256 |
 # | sort | $T \log T$ | $O(T \log T)$ |
 # | scores and sums, $2w$ for each token | $4\,T\,w\,d$ | $O(T)$ |
 #
@@ -680,7 +676,8 @@ class LSHAttention(nn.Module):
 # ## 4.6 Layers that run backwards
 #
 # An ordinary residual layer computes $y = x + f(x)$, and the backward pass needs $x$ and all that $f$ computed inside. So every layer keeps them. A
-# **reversible** block works on two streams (equation 9): one is read, the other gets something added, and they change roles,
+# **reversible** block works on two streams (two of them, attention and feed-forward, are equation 9): one is read, the other gets something added,
+# and they change roles,
 #
 # $$
 # y_1 = x_2 , \qquad y_2 = x_1 + f(x_2) ,
@@ -729,8 +726,7 @@ for mine, right in zip(again, [x1, x2, x1.grad, x2.grad]):
 #   `inputs.check_unchanged` says so if it did: an error, not a wrong gradient.
 #
 # The feed-forward block saves in its own way: it treats every position by itself, so it need not treat them all at once. It computes a long text in
-# **pieces**, and each piece again when its gradient is needed, so that the hidden layer, four times as wide as the rest, never exists for the whole
-# text.
+# **pieces**, and each piece again when its gradient is needed, so that the hidden layer, four times as wide, never exists for the whole text.
 
 # %% tags=["from-module"]
 class FeedForward(nn.Module):
@@ -752,7 +748,7 @@ class FeedForward(nn.Module):
 
 # %% [markdown]
 # Forward, both streams start as copies of the embedding, $x_1 = x_2 = x$. Back, one block is `back` from above, and the gradients of the
-# parameters; a block that stands in two places gets the sum of both.
+# parameters.
 
 # %% tags=["from-module"]
 def run(blocks, x):
@@ -995,8 +991,7 @@ text_band.check(live, margin=0.05)
 # ### Few rounds or many, on text
 #
 # Figure 4 of the paper trains with 1, 2, 4 and 8 rounds, and finds that more rounds come nearer to exact attention; Figure 3, that neither shared
-# QK nor reversible layers cost anything. Here is the validation loss of each model above, drawn over those of five seeds that were recorded
-# beforehand.
+# QK nor reversible layers cost anything. Here is the validation loss of each model above, drawn over those of five recorded seeds.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 figure, axes = plt.subplots(figsize=(6.4, 5))
@@ -1031,7 +1026,7 @@ if corpus.name == "Tiny Shakespeare":  # which the last one has learned
 rows = {name: [text_loss(m, n) for n in (None, 8, 0)] for name, m in compared.items()}
 figures.table(
     f"Loss on the first validation windows, nats per character ({corpus.name})",
-    ["trained with", "evaluated with it", "with 8 rounds", "with exact attention"],
+    ["trained with", "evaluated with as many", "with 8 rounds", "with exact attention"],
     [[name, *(f"{loss:.3f}" for loss in row)] for name, row in rows.items()],
 )
 own, eight, exact = rows.get("2 rounds, for longer", [1, 0, 0])
@@ -1040,7 +1035,8 @@ assert own > eight + 0.02 and abs(eight - exact) < 0.02  # the longer one
 # %% [markdown]
 # So on this text hashing costs: each halving of the rounds in training raises the loss (figure above). The paper advises to train with few rounds
 # and evaluate with more. Our short training gains next to nothing by that; the longer one gains, and with 8 rounds is as good as with exact
-# attention, which it was not trained with. As in the paper, keys apart or one stream make no difference that five seeds could show.
+# attention, which it was not trained with. As in the paper, keys apart or one stream make no difference that five seeds could show. (Vanilla
+# differs in more: in its positions, and in an output layer half as wide. What costs it more than four rounds of hashing, we did not take apart.)
 #
 # And the local window? It does not search, and yet it does better than every other model, exact attention included, at least after 250 steps. So
 # this text cannot show what hashing is *for*: for that you need a task whose answer stands far away.
@@ -1092,7 +1088,7 @@ def accuracy(model, n_rounds):
 
 # %% tags=["band"]
 def duplicate_table(seed):
-    """{length and rounds of training: accuracies with each of CALLED, by a window}."""
+    """{length and rounds of training: accuracies with each of CALLED and a window}."""
     table = {}
     for length, trained in TRAINED:
         model = duplicate_model(length, trained, seed)
@@ -1120,12 +1116,12 @@ for seeds in duplicate_band.values.values():  # (seeds, 6) each
     assert min(exact) > 0.99 and min(two) > 0.9 > 9 * max(window) and all(eight > one)
 
 # %% [markdown]
-# A local window knows nothing; hashing finds what stands far away. At length 64, a model trained with hashing and evaluated with two rounds or more
-# has nearly all right, and every model does better with eight rounds than with one, as in the paper. What does not agree: in the paper, models
-# trained with hashing fail under exact attention (0.8 %, which is guessing among their 128 symbols), and one trained with exact attention gets no
-# further than 76.9 % with two rounds. Here exact attention is perfect for all, as one would expect of a method that converges to it. (A [published
-# replication](https://github.com/arampacha/reformer_fastai) got other numbers again. Our task and model are smaller, and what the paper's code did
-# in these experiments we do not know.)
+# A local window knows nothing (one in 63 is guessing); hashing finds what stands far away. At length 64, a model trained with hashing and evaluated
+# with two rounds or more has nearly all right, and every model does better with eight rounds than with one, as in the paper. What does not agree:
+# in the paper, models trained with hashing fail under exact attention (0.8 %, which is guessing among their 128 symbols), and one trained with
+# exact attention gets no further than 76.9 % with two rounds. Here exact attention is perfect for all, as one would expect of a method that
+# converges to it. (A [published replication](https://github.com/arampacha/reformer_fastai) got other numbers again. Our task and model are smaller,
+# and what the paper's code did in these experiments we do not know.)
 #
 # ### Time against length
 #
@@ -1172,7 +1168,7 @@ figures.show(
     figure,
     "Fused attention starts far below hashing and rises steeply with the length of the "
     "texts, until it crosses the curves of 1, 2 and 4 hash rounds, which are nearly "
-    "level. Time for 8,192 tokens, both axes logarithmic.",
+    "level.",
 )
 
 # %% [markdown]
@@ -1182,9 +1178,10 @@ figures.show(
 #
 # ### Memory against depth
 #
-# Table 3 of the paper, in our letters: the largest tensors of a transformer have $\max(B\,T\,d_{ff},\; B\,H\,T^2)\,L$ numbers, those of a Reformer
-# $\max(B\,T\,d_{\text{model}},\; B\,H\,T\,P \cdot 2w)$: the depth has gone. That is about what is held while a step is computed. First measure what
-# autograd keeps *between* the passes, where the depth comes in: at length 1,024, reversible or not, hashed or exact, and vanilla.
+# Table 3 of the paper, in our letters: memory has the size $\max(B\,T\,d_{ff},\; B\,H\,T^2)\,L$ in a transformer, where every layer keeps its
+# largest tensor for the backward pass, and $\max(B\,T\,d_{\text{model}},\; B\,H\,T\,P \cdot 2w)$ in a Reformer: hashing takes $T^2$ away, pieces
+# $d_{ff}$, and reversible layers $L$. To see the last, measure what autograd keeps between the passes at length 1,024, by depth: reversible or not,
+# hashed or exact, and vanilla.
 
 # %%
 def reformer_of(T, n_layers=4, kind=Reformer, **kw):
@@ -1228,7 +1225,7 @@ figures.show(
 # block at a time only. For that moment look at the **peak**, the most that is held during a step; beside it, the time.
 #
 # Is there no simpler way? There is: **gradient checkpointing** keeps the input of each block, one stream and no more, and computes the block again
-# in the backward pass. (All three without pieces.)
+# in the backward pass. The table has all kept, checkpoints and reversible layers, all without pieces.
 
 # %%
 rivals = {"keep all": OneStream, "checkpoints": OneStream, "reversible": Reformer}
@@ -1247,8 +1244,8 @@ figures.table(
 assert costs["reversible"][0] < costs["checkpoints"][0] < costs["keep all"][0]
 
 # %% [markdown]
-# Checkpoints keep one input a block, so they grow with depth, but slowly; the peak, which is what has to fit, is set by one block at work in both.
-# Both pay with a second computation. Reversible layers keep less, but the peak is much the same, and any model can be checkpointed without a second
+# Checkpoints keep one input a block, so they grow with depth, but slowly. Both pay with a second computation. Reversible layers keep less, but the
+# peak, which is what has to fit, is much the same, since most of it is one block at work; and any model can be checkpointed, without a second
 # stream: that is what most people do.
 #
 # ## 4.9 Where it looks
@@ -1301,8 +1298,7 @@ figures.show(
 # One round can find only a part of the attention, though more than a blind choice of as many keys would. That is why rounds are added up.
 #
 # Look for yourself, in the model trained for longer. Point at a character, or step to one with the arrow keys. The bars show its attention, at
-# first that of the top layer (mean over the heads); what is underlined its rounds may find. All that it reads lies there, so `bucket` is always 100
-# %.
+# first that of the top layer (mean over the heads); what is underlined its rounds may find. All that it reads lies there: `bucket` is always 100 %.
 
 # %%
 seen = measure.reads(trained, vocab.encode(corpus.vocab.decode(corpus.valid[:256])))
@@ -1328,19 +1324,21 @@ model = reformer.double().eval()  # so that rounding stays below 1e-9
 for n in (2, 0):
     model.settings.n_rounds = n
     leak = torch.cat([change(model, text_of(T, B=8), p) for p in (50, 90, 125)])
-    moved = f"{(leak > 1e-9).double().mean():6.1%} of the earlier logits move"
-    print(f"{CALLED[n]:9} {moved}, by {leak.mean():.4f} on average")
+    moved = (leak > 1e-9).double().mean()
+    print(f"{CALLED[n]}: logits move at {moved:.1%} of earlier positions,", end=" ")
+    print(f"by {leak.mean():.4f} on average, by {leak.max():.2f} at most")
 assert leak.max() < 1e-9  # exact attention
 reformer.float().settings.n_rounds = 2
 
 # %% [markdown]
 # The changed token may fall into another bucket. Then it stands elsewhere in the sorted row, everything between moves by one place, and some chunks
 # begin at another token. So a query may lose or gain a key *of its own past*, because of something in its future. No later value or key flows into
-# an earlier output, but *which* past keys are seen depends on the whole window. That is so in the paper, and wherever a whole window is hashed and
-# sorted. For the same reason generation, which has no future to hash, may see slightly other sets than training did.
+# an earlier output, but *which* past keys are seen depends on the whole window. That is so wherever a whole window is hashed and sorted. For the
+# same reason generation, which has no future to hash, may see slightly other sets than training did.
 #
-# It is the chunks that leak, not the buckets: a bucket depends on the token's own query, which comes from the token and its past. (The number of
-# buckets depends on the length alone.) Exercise 4.4 counts chunks in a way that no later token can move, and its solution shows what that costs.
+# It is the chunks that leak, not the buckets: a bucket depends on the token's own query, which comes from the token and its past (above the first
+# layer, with what the chunks below have leaked). (The number of buckets depends on the length alone.) Exercise 4.4 counts chunks in a way that no
+# later token can move, and its solution shows what that costs.
 #
 # ## 4.11 Departures from the paper
 #
@@ -1363,7 +1361,7 @@ reformer.float().settings.n_rounds = 2
 # [checkpointing](https://arxiv.org/abs/1604.06174), and axial positions have given way to [rotary ones](https://arxiv.org/abs/2104.09864).
 #
 # But texts grew to a million tokens, and the question of which few keys to read came back. Some works, with the year in which each was first public
-# (which idea each goes back to is our reading, not always its authors'):
+# (that they go back to this chapter's ideas is our reading, not always their authors'):
 #
 # - The [Routing Transformer](https://arxiv.org/abs/2003.05997) (2020) puts learned clusters in the place of hash buckets: each query attends only
 #   to keys of its own cluster.
@@ -1398,8 +1396,7 @@ exercises.check("4.1", my_hash)
 # </details>
 #
 # **4.2 Is $N$ needed?** *(predict, then measure; easy; 10 minutes)* Evaluate `reformer` (with `text_loss`) with 1, 2, 4 and 8 rounds, with
-# `reformer.settings.count_once` True and False. What do you expect with 1 round? Does leaving out $N$ hurt this model, as it hurts the clustered
-# vectors?
+# `reformer.settings.count_once` True and False. What do you expect with 1 round? Does leaving out $N$ hurt it, as it hurts the clustered vectors?
 
 # %% tags=["exercise"]
 my_losses_with_N = ...  # four losses: 1, 2, 4 and 8 rounds
@@ -1490,8 +1487,6 @@ exercises.check("4.6", my_relative)
 #
 # - N. Kitaev, Ł. Kaiser, A. Levskaya: [Reformer: The Efficient Transformer](https://arxiv.org/abs/2001.04451). ICLR 2020.
 # - A. N. Gomez, M. Ren, R. Urtasun, R. B. Grosse: [The Reversible Residual Network](https://arxiv.org/abs/1707.04585). NeurIPS 2017.
-# - A. Andoni, P. Indyk, T. Laarhoven, I. Razenshteyn, L. Schmidt: [Practical and Optimal LSH for Angular
-#   Distance](https://arxiv.org/abs/1509.02897). NeurIPS 2015.
 
 # %%
 minutes = (time.perf_counter() - started) / 60

@@ -75,7 +75,7 @@ _ = torch.manual_seed(SEED)
 # ## A.1 The chain rule in a table
 #
 # The *error* at a tensor is the gradient of the loss with respect to it. Every line of a forward
-# pass has a line that hands the error at its result back to its inputs. Here is all that we need;
+# pass has a line that hands the error at its result back to its inputs. Here is all that A.2 needs;
 # `g` is the error at `y`.
 #
 # | forwards | error at the input | error at the weight |
@@ -93,8 +93,8 @@ _ = torch.manual_seed(SEED)
 # %%
 s, g = torch.randn(5, requires_grad=True), torch.randn(5)
 y = s.softmax(dim=0)
-(by_autograd,) = torch.autograd.grad(y, s, g)
-assert torch.allclose(y * (g - y @ g), by_autograd)
+(expected,) = torch.autograd.grad(y, s, g)
+assert torch.allclose(y * (g - y @ g), expected)
 
 # %% [markdown]
 # ## A.2 One layer, one head, one text
@@ -226,7 +226,7 @@ EPS = 1e-5  # of every layer norm
 norm_back = torch.ops.aten.native_layer_norm_backward.default
 
 # %% [markdown]
-# Layer norm and its backward each are one operation inside PyTorch. The backward computes, with $\hat x$ the
+# Layer norm and its backward are one operation each inside PyTorch. The backward computes, with $\hat x$ the
 # normalised input, $\sigma$ its standard deviation, $\gamma$ the gain and $u = g \odot \gamma$,
 #
 # $$
@@ -261,7 +261,7 @@ assert torch.allclose(normalise_back(g, x, center, rstd, gain), formula, atol=1e
 # modules. Each layer has ten: gain and shift of its first norm, $W_q$, $W_o$ (queries and output of
 # attention), gain and shift of its second norm, and $W_1$, $b_1$, $W_2$, $b_2$ of the feed-forward. `alpha`
 # is the softmax of chapter 3's layer weights $w$. And both passes must compute in the same precision, whatever mixed
-# precision is on around them.
+# precision is on around them: `outside_autocast`, folded away, sees to that.
 
 # %% tags=["from-module"]
 def by_layer(weights):
@@ -310,7 +310,7 @@ class Kept(NamedTuple):
 
 # %% [markdown]
 # `run` is `loop` of chapter 3 with the modules unfolded, each result written to its place. Even where autograd
-# records nothing, it counts a tensor's versions and tracks views; inference mode leaves that out too. The places
+# records nothing, it counts versions of tensors and tracks views; inference mode spares what is made inside it that, too. The places
 # are made before, since autograd cannot save tensors that inference mode made. The lowest
 # queries come from the text alone and wait for nobody: they are made at once, for all steps.
 
@@ -426,7 +426,9 @@ def step_back(g_vector, alpha, layers, attention, rows, keys, values):
 # %% [markdown]
 # ### A block
 #
-# The sums that grow from block to block:
+# The sums that grow from block to block. Ten weights of a layer need seven of them: four products (for $W_q$, $W_o$,
+# $W_1$, $W_2$) and three plain sums of errors, at queries, hidden units and output. Gains and shifts follow from
+# these at the end, in `behind_norm`.
 
 # %% tags=["from-module"]
 class Sums(NamedTuple):
@@ -444,7 +446,7 @@ def empty_sums(kept, positions, layers):
     """Sums to begin with."""
     (T, B, d_model), (_, _, H, K, d_head) = kept.vectors.shape, kept.kv.shape
     gain_q, _, W_q, W_o, _, _, W_1, b_1, W_2, b_2 = layers[0]
-    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # sums of errors: like gain, bias
+    summed = W_q, gain_q, W_o, W_1, b_1, W_2, b_2  # vectors: sums, of such shapes
     return Sums(
         *positions.new_empty(2, T, B, d_model).unbind(),
         positions.new_empty(T, B, 2 * d_model),
@@ -523,7 +525,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     inside = hidden.sign(), middles, *middle_stats, states[:-1], *x_stats
     g, g_middles, g_queries, g_hidden = errors
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
-    rows = list(zip(*map(by_step, inside + places)))
+    rows = list(zip(*map(by_step, inside + places)))  # a step: twelve, by layer
 
     left = positions.new_zeros(2, BH, S * L, mem_len + S)
     right = positions.new_empty(2, BH, S * L, d_head)
@@ -538,6 +540,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
         sums.vectors[t], attention = g_vector, kept.attention[t]
+        # Turned: a layer has its twelve, as step_back wants them.
         inside_out = attention, [*zip(*rows[r])], *kept.seen(t, positions)
         back = step_back(g_vector, shares, layers, *inside_out)
         g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
@@ -554,11 +557,11 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     add_weights(errors, x_hat, heads, middle_hat, hidden, sums.layers)
 
 # %% [markdown]
-# The second trick is the right-hand picture. The error at the vector of an age is a sum over all steps,
+# The second trick is the right half of the picture of `left`. The error at the vector of an age is a sum over all steps,
 # of errors at scores times queries, and these errors stand in *different* columns, one farther right at each step. `as_strided` reads
 # the same memory with the way from the `L` rows of one step to those of the next one number longer:
 # `L * width + 1` instead of `L * width`. So the columns become ages without an index; only the final `reshape`
-# copies. With the matrix of the picture, `left`, and its right half, `by_age`:
+# copies. With the matrices of the picture, `left` and `by_age` (`S` is 4, `L` 2, `mem_len` 6):
 
 # %%
 rows, width = left.shape
@@ -886,10 +889,11 @@ def once(run):
 tokens, rounds = torch.randint(65, (16, 128)), []
 plain, fast = models["plain"], models["fast"]
 for _ in range(7):
-    with torch.no_grad():
+    with torch.inference_mode():  # as within fast
         took = [once(lambda: plain(tokens)), once(lambda: fast(tokens))]
     for BLOCK in (1, 16):  # 16 stays
-        took.append(once(fast(tokens)[0].logsumexp(dim=-1).sum().backward))
+        loss = fast(tokens)[0].logsumexp(dim=-1).sum()  # before the clock runs
+        took.append(once(loss.backward))
     rounds.append(took)
 f, f_fast, by_1, by_16 = torch.tensor(rounds).median(dim=0).values.mul(1e3).tolist()
 print(f"forward, without a record: plain {f:.0f} ms, fast {f_fast:.0f} ms")
@@ -941,7 +945,7 @@ class Cache(NamedTuple):
             self.taken[0] = end
             return self._replace(end=end)
         kv = self.latest(mem_len)
-        # Where a text begins, nothing is spare: perhaps nobody goes on with it.
+        # Where a text begins there is no room to spare: it may never go on.
         room = max(T, ROOM) if self.end else T
         end = kv.size(-2) + T
         return Cache(pad(kv, (0, 0, 0, room)), end, [end])
@@ -1024,7 +1028,7 @@ assert copied_late > 1.5 * placed_late
 assert copied_late - placed_late > 2 * (copied - placed)
 
 # %% [markdown]
-# After a thousand tokens the cache with room saves a large part of the time, far more than after 10, where there
+# After a thousand tokens the cache with room, in the order in which attention reads, saves a large part of the time, far more than after 10, where there
 # is little to copy. What still grows is attention itself, and adding the ages to the keys.
 
 # %% [markdown]
@@ -1079,7 +1083,7 @@ exercises.check("A.2", my_backwards)
 #
 # </details>
 #
-# **A.3 How much can wait?** *(predict; middle; 10 minutes)* Each of `T` steps adds an error to all slots before it. How many of these pairs
+# **A.3 How much can wait?** *(fill in; middle; 10 minutes)* Each of `T` steps adds an error to all slots before it. How many of these pairs
 # (step, slot) are far if the steps go in blocks of `S`, the last of which may be shorter? What share is that for 64 steps in blocks of 16?
 
 # %% tags=["exercise"]

@@ -87,6 +87,18 @@ def test_code_is_at_most_88_columns_wide(nb):
     assert not [line for line in lines if len(line) > 88]
 
 
+MODEL_FILES = {  # the most lines
+    "vanilla_transformer": 150, "transformer_xl": 150, "compressive_transformer": 230,
+    "feedback_transformer": 220, "reformer": 300, "memory_today": 260,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, most", MODEL_FILES.items())
+def test_a_model_file_can_be_held_in_the_head(name, most):
+    lines = sync.read(ROOT / "memtx_minimal" / f"{name}.py").splitlines()
+    assert len(lines) <= most and max(map(len, lines)) <= 88
+
+
 def test_the_pair_as_jupytext_writes_it(path):
     """Once more by the command line, so that the check does not rest on our own code alone."""
     jupytext = [sys.executable, "-X", "utf8", "-m", "jupytext", "--to", "py:percent"]

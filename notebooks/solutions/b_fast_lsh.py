@@ -122,5 +122,5 @@ assert my_count(1024, 64, 8) == 1024**2
 # %% [markdown]
 # ## Without a check
 #
-# `masked_scores` looks `PAIRS` up each time, so assigning another number in a cell is enough. Small numbers mean many short operations; large ones,
-# scores that leave the cache and come back from memory.
+# `masked_scores` looks `PAIRS` up each time, so assigning another number in a cell is enough. Small numbers mean many short operations; large
+# ones, more scores that are held at a time.
