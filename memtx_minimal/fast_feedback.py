@@ -210,7 +210,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
     inside = hidden.sign(), middles, *middle_stats, states[:-1], *x_stats
     g, g_middles, g_queries, g_hidden = errors
     places = g[1:], g_hidden, g_middles, g_queries, g[:-1]
-    rows = list(zip(*map(by_step, inside + places)))  # a step: twelve, by layer
+    rows = list(zip(*map(by_step, inside + places)))  # of a step: twelve, by layer
 
     left = positions.new_zeros(2, BH, S * L, mem_len + S)
     right = positions.new_empty(2, BH, S * L, d_head)
@@ -225,8 +225,7 @@ def block_back(steps, g_outputs, alpha, positions, gain, W_kv, layers, kept, sum
         g_vector = normalise_back(sums.new[t] @ W_kv, kept.vectors[t], *stats, gain)
         torch.add(g_outputs[t], g_vector, alpha=share_of_output, out=g[L, r])
         sums.vectors[t], attention = g_vector, kept.attention[t]
-        # Turned: a layer has its twelve, as step_back wants them.
-        inside_out = attention, [*zip(*rows[r])], *kept.seen(t, positions)
+        inside_out = attention, [*zip(*rows[r])], *kept.seen(t, positions)  # by layer
         back = step_back(g_vector, shares, layers, *inside_out)
         g_scores, g_heads = (torch.cat(parts, dim=1) for parts in back)
         columns = slice(mem_len + r - attention.size(3), mem_len + r)

@@ -329,8 +329,8 @@ for M in (5, 0):
 # `shared_kv` all layers share one projection (`n_kv` is 1), so that each vector is projected *once*, whatever the depth;
 # otherwise each layer has its own (`n_kv` is `L`). (The paper recommends sharing.)
 #
-# `seen` adds the order. Without it, memory would be a set: attention could not tell yesterday from last year. Let $a = t
-# - j$ be the age of memory vector $j$ at step $t$. The score becomes
+# `seen` adds the order. Without it, memory would be a set: attention could not tell yesterday from last year. Let $a =
+# t-j$ be the age of memory vector $j$ at step $t$. The score becomes
 #
 # $$
 # \frac{1}{\sqrt{d_{\text{head}}}}\; q^\top \left(k_j + p_a\right) ,
@@ -1233,7 +1233,7 @@ for n, h in held.items():
 #   of earlier tokens through the same layers again, together with new tokens, and solves tracking tasks on which ordinary
 #   transformers fail.
 # - The [Block-Recurrent Transformer](https://arxiv.org/abs/2203.07852) (2022) hands state vectors from block to block
-#   through gates like those of an LSTM, and computes the tokens of a block in parallel (exercise 3.6).
+#   through gates like those of an LSTM, and computes the tokens of a block in parallel.
 # - [TransformerFAM](https://arxiv.org/abs/2404.09173) (2024) feeds a model's own states back to it as a working memory,
 #   without new weights.
 # - [YOCO](https://arxiv.org/abs/2405.05254) (2024), "you only cache once", makes one set of keys and values in its lower
@@ -1249,8 +1249,8 @@ for n, h in held.items():
 # ## 3.13 Exercises
 #
 # Write your answer where the dots stand and run the cell. `exercises.check` says that it is right, or names the case that
-# fails, what was expected and what your code gave. The [solutions](solutions/03_feedback_transformer.ipynb) are worked
-# out in words and code.
+# fails, what was expected and what your code gave. All [solutions](solutions/03_feedback_transformer.ipynb), worked out
+# in words and code.
 #
 # **3.1 The clock** *(derive; easy; 10 minutes)* At most how many layers can information pass on its way from a token to
 # the prediction made `n` tokens later? `kind` is "vanilla" (inside one window) or "feedback".

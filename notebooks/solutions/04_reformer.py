@@ -127,7 +127,8 @@ def causal_attend(q, k, v, h, settings):
     """As lsh_attention, with chunks counted within each bucket."""
     same = h[..., None] == h[..., None, :]  # (P, B, H, T, T)
     chunk = same.tril(-1).sum(dim=-1) // settings.chunk_len  # (P, B, H, T)
-    queries, keys = (h[..., None], chunk[..., None]), (h[..., None, :], chunk[..., None, :])
+    queries = h[..., None], chunk[..., None]  # (P, B, H, T, 1)
+    keys = h[..., None, :], chunk[..., None, :]  # (P, B, H, 1, T)
     found = in_set(*queries, *keys).any(dim=0).tril()  # (B, H, T, T)
     scores = q @ k.mT + SELF * torch.eye(q.size(2)).to(q)
     return scores.masked_fill(~found, -math.inf).softmax(dim=-1) @ v
