@@ -676,8 +676,8 @@ class LSHAttention(nn.Module):
 # ## 4.6 Layers that run backwards
 #
 # An ordinary residual layer computes $y = x + f(x)$, and the backward pass needs $x$ and all that $f$ computed inside. So every layer keeps them. A
-# **reversible** block works on two streams (two of them, attention and feed-forward, are equation 9): one is read, the other gets something added,
-# and they change roles,
+# **reversible** block works on two streams (two such blocks, attention and feed-forward, are equation 9): one is read, the other gets something
+# added, and they change roles,
 #
 # $$
 # y_1 = x_2 , \qquad y_2 = x_1 + f(x_2) ,
