@@ -463,6 +463,7 @@ def keep_scores(q, k, order, labels, r, *how):
 # %%
 changed = functools.partial(patch.multiple, __name__)  # as long as a `with` lasts
 wide_labels = lambda q, k, order, x, *how: computed(q, k, order, x.long(), *how)
+# exp in place of exp2, in all tensors:
 in_base_e = patch.multiple(torch.Tensor, exp2=torch.Tensor.exp, exp2_=torch.Tensor.exp_)
 changes = {
     "all tricks": [],
